@@ -1,0 +1,134 @@
+"""What parent and child say to each other over the pipe: a closed set of typed messages, and nothing else.
+
+Imports no torch and no Kafka, so that both sides can. The child's files go through the workspace folder.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mistudio_schemas import CorpusInfo, ErrorCode, ModelInfo, Phase, SAEResult, TrainRequested
+
+
+@dataclass(frozen=True)
+class Lease:
+    """What a job may use while it runs: one GPU or the CPU, and which share of its free memory."""
+
+    gpu: int | None
+    """CUDA index; `None`: the CPU."""
+    memory_share: float = 1.0
+    """Of the device's free memory at the start, already reduced by CUDA_MEMORY_FRACTION."""
+
+
+@dataclass(frozen=True)
+class Logging:
+    """How a process logs."""
+
+    level: str = "INFO"
+    format: Literal["text", "json"] = "text"
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """Parent to child, once: everything the child needs to know. Holds no store and no broker."""
+
+    job_id: str
+    run: int
+    attempt: int
+    request: TrainRequested
+    """Without its token."""
+    corpus: Path
+    """The corpus file, local."""
+    workspace: Path
+    """The child's own folder, on a disk with room."""
+    lease: Lease
+    uri_prefix: str
+    """Where the parent will put the files of `output`, ending in `/`; written into metadata."""
+    bundle_max_bytes: int
+    model_folders: tuple[Path, ...] = ()
+    """Local folders that models may be loaded from."""
+    allow_unsafe_models: bool = False
+    """Pickled weights and remote code, off unless the operator wants them."""
+    memory_limit_bytes: int | None = None
+    """Upper bound of the child's memory; `None`: what the machine or its container has free."""
+    token: str | None = field(default=None, repr=False)
+    """The model hub's; the only credential a child ever sees."""
+    logging: Logging = Logging()
+
+    @property
+    def output(self) -> Path:
+        """The files of the result, laid out as below the attempt's prefix."""
+        return self.workspace / "output"
+
+    @property
+    def scratch(self) -> Path:
+        """Shards and whatever else is gone with the job."""
+        return self.workspace / "scratch"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Child to parent: where the job is. Field names are those of `TrainProgress`."""
+
+    phase: Phase
+    message: str
+    progress: float
+    """Share of the child's whole work, 0 to 1."""
+    moved: bool = True
+    """False from inside one long library call: alive, but not a step further, so a hang still looks like one."""
+    estimated_time_remaining: int | None = None
+    current_epoch: int = 0
+    current_loss: float | None = None
+    sae: str | None = None
+    step: int | None = None
+    total_steps: int | None = None
+    tokens_done: int | None = None
+    tokens_per_second: float | None = None
+    reconstruction_loss: float | None = None
+    sparsity_loss: float | None = None
+    l0: float | None = None
+    dead_share: float | None = None
+    memory_allocated_bytes: int | None = None
+    memory_peak_bytes: int | None = None
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Child to parent: which model it is, as soon as that is known."""
+
+    model_info: ModelInfo
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Child to parent: something that the requester should know."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Child to parent, its last word: all files lie under `output`."""
+
+    model_info: ModelInfo
+    corpus: CorpusInfo
+    saes: list[SAEResult]
+    training_stats: dict[str, object]
+    bundle_rows: int
+    device: str
+    memory_peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Child to parent, its last word: why there is no result."""
+
+    code: ErrorCode
+    message: str
+    hint: str
+    retryable: bool
+    traceback: list[str] = field(default_factory=list)
+
+
+ChildMessage = Progress | Loaded | Warned | Finished | Failed

@@ -1,0 +1,127 @@
+"""Settings of a worker and of the command line, from the environment. Nothing is read at import.
+
+Secrets are `SecretStr`: they print as stars, and only the few lines that hand them to a client unwrap them.
+"""
+
+import os
+import socket
+from pathlib import Path
+from typing import Literal
+
+from mistudio_schemas import Limits, Topics
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from .messages import Logging
+
+GIB = 1024**3
+
+
+class Settings(BaseSettings):
+    """Each field is the environment variable of the same name in capitals."""
+
+    model_config = SettingsConfigDict(env_nested_delimiter="__", extra="ignore", use_attribute_docstrings=True)
+
+    kafka_bootstrap_servers: str = "localhost:9092"
+    """Comma-separated `host:port`."""
+    kafka_group_id: str = "mistudio-train"
+    """Workers of one group share the requests."""
+    kafka_topic_prefix: str = ""
+    """Put before every topic's name."""
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
+    kafka_sasl_username: str | None = None
+    kafka_sasl_password: SecretStr | None = None
+    kafka_ssl_cafile: Path | None = None
+    """PEM file of the authorities to trust; unset: the system's."""
+    kafka_ssl_certfile: Path | None = None
+    kafka_ssl_keyfile: Path | None = None
+    kafka_session_timeout_ms: int = Field(45_000, ge=1_000)
+    """A worker that is silent for this long has left the group."""
+    kafka_transactions: bool = True
+    """Off for a broker that has none: the end of a job is then published at least once, not exactly once."""
+    kafka_request_partitions: int = Field(64, ge=1)
+    """Partitions of `train.requested` when the worker creates it: at least four times the GPUs that may serve it."""
+    kafka_replication_factor: int = -1
+    """Of topics that the worker creates; -1: the broker's default."""
+
+    minio_endpoint: str = "localhost:9000"
+    """`host:port` of MinIO or another S3 store."""
+    minio_access_key: SecretStr = SecretStr("")
+    minio_secret_key: SecretStr = SecretStr("")
+    minio_secure: bool = False
+    """HTTPS."""
+    minio_bucket: str = "mistudio"
+    """Created when it is missing."""
+    minio_region: str = "us-east-1"
+    store_path: Path | None = None
+    """A folder in place of MinIO, for one machine."""
+    store_prefix: str = ""
+    """Put before every key in the bucket."""
+
+    data_path: Path = Path("/data")
+    """Base of the worker's disk: `samples/` (local corpora), `cache/` (workspaces)."""
+    api_host: str = "0.0.0.0"
+    api_port: int = Field(8001, ge=0, le=65535)
+    """Health, metrics and GPU status; 0: a free one."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
+    log_format: Literal["text", "json"] = "text"
+    cuda_memory_fraction: float = Field(0.9, gt=0, le=1)
+    """Share of a GPU's free memory that jobs may plan."""
+    max_concurrent_jobs: int = Field(2, ge=1, le=64)
+    """Slots; each runs one job at a time on its share of a GPU or of the CPU."""
+    memory_limit_bytes: int | None = Field(None, ge=1)
+    """Memory that all jobs on the CPU may use together; unset: what the machine or its container has free."""
+
+    worker_id: str = Field(default_factory=lambda: f"{socket.gethostname()}-{os.getpid()}")
+    """Who this worker says it is."""
+    local_corpus_folders: list[Path] = []
+    """Folders that requests may read corpora from, besides `DATA_PATH/samples`; a JSON list."""
+    local_model_folders: list[Path] = []
+    """Folders that requests may load models from; a JSON list."""
+    corpus_buckets: list[str] = []
+    """Buckets that `s3://` corpora may come from, besides the worker's own; a JSON list."""
+    allow_unsafe_models: bool = False
+    """Load models with pickled weights. Whoever may write a request could then run code on the worker."""
+    hf_token: SecretStr | None = None
+    """The model hub's token; `HF_TOKEN_<NAME>` holds further ones that a request may name."""
+    max_attempts: int = Field(3, ge=1)
+    """Tries of a run before a retryable error is final."""
+    stall_seconds: float = Field(600.0, gt=0)
+    """A child that has not moved for this long is ended."""
+    loading_stall_seconds: float = Field(3600.0, gt=0)
+    """The same while a model is downloaded or loaded."""
+    bundle_max_bytes: int = Field(4 * GIB, ge=1)
+    """Size limit of `feature_activations.pt`."""
+    limits: Limits = Limits()
+    """Bounds of a request, `LIMITS__MAX_HIDDEN_DIM=65536`; the defaults are the seed's."""
+
+    @property
+    def topics(self) -> Topics:
+        """The topics' names."""
+        return Topics(self.kafka_topic_prefix)
+
+    @property
+    def logging(self) -> Logging:
+        """How this process and its children log."""
+        return Logging(self.log_level, self.log_format)
+
+    @property
+    def corpus_folders(self) -> list[Path]:
+        """Every folder that a request may read a corpus from."""
+        return [self.data_path / "samples", *self.local_corpus_folders]
+
+    @property
+    def workspaces(self) -> Path:
+        """The folder of the jobs' own folders."""
+        return self.data_path / "cache" / "workspaces"
+
+    def hub_token(self, name: str | None) -> SecretStr | None:
+        """The hub's token of that name, from `HF_TOKEN_<NAME>`; the worker's own when no name is given.
+
+        Raises:
+            KeyError: if the operator holds no token of that name.
+        """
+        if name is None:
+            return self.hf_token
+        return SecretStr(os.environ[f"HF_TOKEN_{name.upper()}"])
