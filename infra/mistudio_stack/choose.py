@@ -49,7 +49,7 @@ def chosen_backend() -> Backend:
     return "docker" if containers.engine_answers() else "native"
 
 
-def prepare() -> None:
-    """Build whatever the chosen backend needs before it can start; only the native one needs anything."""
-    if chosen_backend() == "native":
+def prepare(backend: Backend | None = None) -> None:
+    """Build whatever the backend needs before it can start; only the native one needs anything."""
+    if (backend or chosen_backend()) == "native":
         native.prepare()

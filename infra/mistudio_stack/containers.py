@@ -52,8 +52,10 @@ def container_stack() -> Iterator[Stack]:
         yield stack
 
 
-def start(containers: ExitStack) -> tuple[Stack, list[str]]:
+def start(containers: ExitStack, *, outlive: bool = False) -> tuple[Stack, list[str]]:
     """Start both containers; `containers` removes them. Also gives their ids.
+
+    With `outlive` testcontainers' reaper is kept away from them, so that they go on when this process ends.
 
     Raises:
         StackError: if no engine answers, or a container does not come up.
@@ -64,6 +66,8 @@ def start(containers: ExitStack) -> tuple[Stack, list[str]]:
             "No Docker engine answers, or testcontainers is not installed",
             "Start the engine and install the extra `containers`, or choose MISTUDIO_STACK=native",
         )
+    if outlive:
+        _without_reaper()
     secret = secrets.token_hex(16)
     [kafka_port] = free_ports(1)
     minio = _minio(secret)
@@ -80,6 +84,36 @@ def start(containers: ExitStack) -> tuple[Stack, list[str]]:
         secret_key=secret,
     )
     return stack, [minio.get_container_id(), kafka.get_container_id()]
+
+
+def is_running(container_id: str) -> bool:
+    """Whether a container that `start` has started still runs."""
+    import docker
+
+    try:
+        with closing(docker.from_env()) as client:
+            return bool(client.containers.get(container_id).status == "running")
+    except docker.errors.DockerException:
+        return False
+
+
+def remove(container_id: str) -> None:
+    """End a container that `start` has started, and delete its data. One that is gone already is no error."""
+    import docker
+
+    try:
+        with closing(docker.from_env()) as client:
+            client.containers.get(container_id).remove(force=True, v=True)
+    except docker.errors.NotFound:
+        return
+    except docker.errors.DockerException as error:
+        raise StackError(f"Container {container_id[:12]} could not be removed: {error}", "Start the engine") from error
+
+
+def _without_reaper() -> None:
+    from testcontainers.core.config import testcontainers_config
+
+    testcontainers_config.ryuk_disabled = True
 
 
 def _up(containers: ExitStack, container: "DockerContainer") -> None:

@@ -44,4 +44,6 @@ def _must_listen(name: str, address: str, default_port: int) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
     except (OSError, ValueError) as error:
-        raise StackError(f"{name} at {address} takes no connection ({error})", "Start it or name another") from error
+        raise StackError(
+            f"{name} at {address} takes no connection ({error})", "Start it, name another, or unset the variables"
+        ) from error
