@@ -1,0 +1,211 @@
+"""A corpus file of any supported format becomes texts on the scratch disk; what is no text is refused with its place.
+
+Reads one local file in one pass and holds no more than one row of it; knows no object store, no model and no torch.
+"""
+
+import codecs
+import csv
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from mistudio_schemas import ErrorCode
+from mistudio_train.errors import CorpusRefused
+
+from .parquet import parquet_texts
+from .source import Place, Source
+from .texts import Texts, TextsWriter
+
+MAX_LINE_BYTES: Final = 64 * 1024**2
+"""A longer line is no text; without a bound one binary file would fill the memory."""
+MAX_JSON_BYTES: Final = 64 * 1024**2
+"""A `.json` file is parsed as a whole, so it must be small; `.jsonl` has no limit."""
+SAMPLE_ROWS: Final = 100
+"""Rows of a csv file that are looked at to tell columns of numbers from columns of text."""
+
+
+def open_corpus(path: Path, column: str | None, name: str, scratch: Path) -> Texts:
+    """Read the corpus file at `path` into `scratch`, texts in the file's order, empty ones dropped and counted.
+
+    Args:
+        path: the local file.
+        column: of csv, json, jsonl and parquet; `None`: `text`, or the only one that holds strings.
+        name: how the requester calls the file; its suffix tells the format, and errors name it.
+        scratch: a folder for the texts, and for the unpacked file where a format needs one.
+
+    Raises:
+        CorpusRefused: `corpus.unreadable`, `corpus.column` or `corpus.empty`, with the line and the reason.
+        DiskFull: if the scratch disk has no room.
+
+    """
+    source = Source(path, name, gzipped=name.lower().endswith(".gz"))
+    reader = _reader_of(source)
+    dropped = 0
+    with TextsWriter(scratch) as writer, source.unpacking():
+        for place, text in reader(source, column, scratch):
+            if not text or text.isspace():
+                dropped += 1
+                continue
+            try:
+                writer.append(text)
+            except UnicodeEncodeError as error:
+                raise source.refused(place, "half a surrogate pair, which is no character") from error
+    if not writer.count:
+        raise CorpusRefused(
+            f"{name} holds no text ({dropped} empty)", "Give a corpus with at least one text.", ErrorCode.CORPUS_EMPTY
+        )
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Texts(scratch, dropped=dropped, sha256=digest)
+
+
+Reader = Callable[[Source, str | None, Path], Iterator[tuple[Place, str]]]
+
+
+def _reader_of(source: Source) -> Reader:
+    readers: dict[str, Reader] = {
+        ".txt": _txt,
+        ".csv": _csv,
+        ".json": _json,
+        ".jsonl": _jsonl,
+        ".parquet": parquet_texts,
+    }
+    reader = readers.get(source.suffix)
+    if reader is None:
+        raise CorpusRefused(
+            f"{source.name} has no known corpus format",
+            f"Name it by its format: {', '.join(readers)}, or one of these with .gz.",
+            ErrorCode.CORPUS_UNREADABLE,
+        )
+    return reader
+
+
+def _txt(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
+    return ((place, line.rstrip("\r\n")) for place, line in _lines(source))
+
+
+def _jsonl(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
+    for place, line in _lines(source):
+        if line.isspace():
+            yield place, ""
+            continue
+        row = _parsed(source, place, line)
+        if column is None and isinstance(row, dict):
+            column = source.column(place, row, [key for key, value in row.items() if isinstance(value, str)])
+        yield place, _text_of(source, place, row, column)
+
+
+def _json(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
+    with source.open() as file:
+        raw = file.read(MAX_JSON_BYTES + 1)
+    if len(raw) > MAX_JSON_BYTES:
+        raise CorpusRefused(
+            f"{source.name} is larger than {MAX_JSON_BYTES // 1024**2} MiB, too large to parse as one JSON document",
+            "Write it as .jsonl, an object or a string a line: that has no limit.",
+            ErrorCode.CORPUS_UNREADABLE,
+        )
+    document = _parsed(source, None, _decoded(source, None, raw))
+    for i, row in enumerate(_json_rows(source, document, column)):
+        place = f"item {i + 1}"
+        if column is None and isinstance(row, dict):
+            column = source.column(place, row, [key for key, value in row.items() if isinstance(value, str)])
+        yield place, _text_of(source, place, row, column)
+
+
+def _json_rows(source: Source, document: Any, column: str | None) -> list[Any]:
+    """The list itself, or the one list of an object: the one that the column names, `text`'s, or the only one."""
+    if isinstance(document, list):
+        return document
+    if isinstance(document, dict):
+        lists = {key: value for key, value in document.items() if isinstance(value, list)}
+        if lists:
+            named = column if column in lists else source.column(None, lists, list(lists))
+            return lists[named]
+    raise source.refused(None, "neither a list nor an object of a list")
+
+
+def _csv(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    rows = _csv_rows(source)
+    _, header = next(rows, (None, []))
+    sample = list(itertools.islice(rows, SAMPLE_ROWS))
+    if column is None:
+        texts = [name for i, name in enumerate(header) if any(not _is_number(row[i]) for _, row in sample)]
+        column = source.column("line 1", header, texts if sample else header)
+    elif column not in header:
+        raise source.no_column("line 1", column, header)
+    wanted = header.index(column)
+    for place, row in itertools.chain(sample, rows):
+        yield place, row[wanted]
+
+
+def _csv_rows(source: Source) -> Iterator[tuple[Place, list[str]]]:
+    """The header and every row, each with as many fields as the header; blank lines are no rows."""
+    reader = csv.reader((line for _, line in _lines(source)), strict=True)
+    width = 0
+    try:
+        for row in reader:
+            width = width or len(row)
+            if row and len(row) != width:
+                raise source.refused(f"line {reader.line_num}", f"{len(row)} fields where the header has {width}")
+            if row:
+                yield f"line {reader.line_num}", row
+    except csv.Error as error:
+        raise source.refused(f"line {reader.line_num}", str(error)) from error
+
+
+def _is_number(field: str) -> bool:
+    """Whether a csv field says nothing against its column holding numbers."""
+    try:
+        float(field or "0")
+    except ValueError:
+        return False
+    return True
+
+
+def _lines(source: Source) -> Iterator[tuple[Place, str]]:
+    """Each line with its end, and its place. A byte order mark at the start is dropped."""
+    with source.open() as file:
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_LINE_BYTES + 1), b""), 1):
+            if len(raw) > MAX_LINE_BYTES:
+                raise source.refused(f"line {number}", f"longer than {MAX_LINE_BYTES // 1024**2} MiB")
+            if number == 1:
+                raw = raw.removeprefix(codecs.BOM_UTF8)
+            yield f"line {number}", _decoded(source, f"line {number}", raw)
+
+
+def _decoded(source: Source, place: Place, raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8-sig" if place is None else "utf-8")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise source.refused(
+            place or f"line {line}", f"byte 0x{raw[error.start]:02x} is not UTF-8 ({error.reason})"
+        ) from error
+
+
+def _parsed(source: Source, place: Place, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        where = place or f"line {error.lineno}"
+        raise source.refused(where, f"no JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise source.refused(place, "JSON that is nested too deeply") from error
+
+
+def _text_of(source: Source, place: Place, row: Any, column: str | None) -> str:
+    """The text of a row: itself, or its column. `null` counts as empty."""
+    value = row
+    if isinstance(row, dict):
+        if column not in row:
+            raise source.no_column(place, str(column), row)
+        value = row[column]
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise source.refused(place, f"a text is expected, not {type(value).__name__}")
+    return value

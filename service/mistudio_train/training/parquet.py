@@ -1,0 +1,64 @@
+"""Texts of a parquet file, a few rows at a time. Knows pyarrow, which is imported only when a corpus needs it."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .disk import disk_errors
+from .source import Place, Source
+
+ROWS_AT_ONCE = 1024
+
+
+def parquet_texts(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
+    """Each row's text with its place, `null` as an empty one.
+
+    Raises:
+        CorpusRefused: if it is no parquet file, or has no such column of strings.
+
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    with _seekable(source, scratch) as file:
+        try:
+            table = parquet.ParquetFile(file)
+            wanted = _column(source, table.schema_arrow, column)
+            number = 0
+            for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[wanted]):
+                for text in batch.column(0).cast(pa.large_string()):
+                    number += 1
+                    yield f"row {number}", text.as_py() or ""
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise source.refused(None, f"no readable parquet ({str(error).splitlines()[0]})") from error
+
+
+def _column(source: Source, schema: Any, column: str | None) -> str:
+    from pyarrow import types
+
+    def holds_strings(kind: Any) -> bool:
+        kind = kind.value_type if types.is_dictionary(kind) else kind
+        return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+
+    texts = [field.name for field in schema if holds_strings(field.type)]
+    wanted = source.column(None, schema.names, texts) if column is None else column
+    if wanted not in texts:
+        raise source.no_column(None, wanted, texts)
+    return wanted
+
+
+@contextmanager
+def _seekable(source: Source, scratch: Path) -> Iterator[BinaryIO]:
+    """The file itself; a gzipped one is unpacked first, because parquet is read from its end."""
+    if not source.gzipped:
+        with source.open() as file:
+            yield file
+        return
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=scratch) as unpacked, source.open() as packed, disk_errors():
+        shutil.copyfileobj(packed, unpacked)
+        unpacked.seek(0)
+        yield unpacked

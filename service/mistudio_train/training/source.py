@@ -1,0 +1,92 @@
+"""The one file that a corpus is read from: how it is opened, and how what is wrong in it is said.
+
+Knows no format; the readers of `corpus` and `parquet` share it.
+"""
+
+import gzip
+import zlib
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
+
+from mistudio_schemas import ErrorCode
+from mistudio_train.errors import CorpusRefused
+
+Place = str | None
+"""Where in the file: `line 3`, `item 3`, `row 3`; `None`: the file as a whole."""
+OBVIOUS_COLUMN = "text"
+COLUMNS_NAMED = 12
+"""As many columns are named in an error."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus file."""
+
+    path: Path
+    name: str
+    """What the requester calls it."""
+    gzipped: bool
+
+    @property
+    def suffix(self) -> str:
+        """The format's suffix, in small letters, without `.gz`."""
+        name = PurePosixPath(self.name.lower())
+        return name.with_suffix("").suffix if self.gzipped else name.suffix
+
+    def open(self) -> BinaryIO:
+        """The file's bytes, unpacked."""
+        return cast(BinaryIO, gzip.open(self.path)) if self.gzipped else self.path.open("rb")
+
+    @contextmanager
+    def unpacking(self) -> Iterator[None]:
+        """Say in our words that the gzip stream inside is broken."""
+        try:
+            yield
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise self.refused(None, f"the gzip stream is broken ({error})") from error
+
+    def refused(self, place: Place, reason: str) -> CorpusRefused:
+        """The error for something that is no text."""
+        where = f", {place}" if place else ""
+        return CorpusRefused(
+            f"{self.name}{where}: {reason}",
+            "Correct the file; texts are UTF-8, and its suffix must say what it is.",
+            ErrorCode.CORPUS_UNREADABLE,
+        )
+
+    def column(self, place: Place, columns: Collection[str], texts: list[str]) -> str:
+        """The obvious column: `text`, or the only one of texts.
+
+        Raises:
+            CorpusRefused: `corpus.column`, if none is obvious.
+
+        """
+        if OBVIOUS_COLUMN in columns:
+            return OBVIOUS_COLUMN
+        if len(texts) == 1:
+            return texts[0]
+        raise CorpusRefused(
+            f"{self._at(place)}: the column of the texts is not obvious among {_listed(columns)}",
+            "Name it with corpus_column.",
+            ErrorCode.CORPUS_COLUMN,
+        )
+
+    def no_column(self, place: Place, column: str, columns: Collection[str]) -> CorpusRefused:
+        """The error for a column that is not there."""
+        return CorpusRefused(
+            f"{self._at(place)}: there is no column '{column}', only {_listed(columns)}",
+            "Name one of these with corpus_column.",
+            ErrorCode.CORPUS_COLUMN,
+        )
+
+    def _at(self, place: Place) -> str:
+        return f"{self.name}, {place}" if place else self.name
+
+
+def _listed(columns: Collection[str]) -> str:
+    names = [f"'{name}'" for name in list(columns)[:COLUMNS_NAMED]]
+    more = len(columns) - len(names)
+    return (", ".join(names) or "none") + (f" and {more} more" if more else "")

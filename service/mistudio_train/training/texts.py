@@ -1,0 +1,88 @@
+"""The texts of a corpus on the scratch disk, one after another, with where each begins.
+
+Owns that pair of files; knows no corpus format, no tokenizer and no torch.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+
+from .disk import ArrayFile, ArrayWriter
+
+READ_AHEAD = 64
+"""Texts read at once when all are wanted in order."""
+
+
+class TextsWriter:
+    """Appends texts; what was written is read by `Texts`."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._bytes = ArrayWriter(folder / "texts.bin", np.uint8)
+        self._starts = ArrayWriter(folder / "texts.idx", np.int64)
+        self._starts.append(0)
+        self._end = 0
+        self.count = 0
+
+    def append(self, text: str) -> None:
+        """Write one text.
+
+        Raises:
+            UnicodeEncodeError: if it holds half a surrogate pair, which no UTF-8 can.
+
+        """
+        encoded = text.encode()
+        self._bytes.append(np.frombuffer(encoded, np.uint8))
+        self._end += len(encoded)
+        self._starts.append(self._end)
+        self.count += 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bytes.__exit__(kind, error, trace)
+        self._starts.__exit__(kind, error, trace)
+
+
+class Texts:
+    """A sequence of texts of which none is in memory: `texts[i]` reads the i-th."""
+
+    def __init__(self, folder: Path, *, dropped: int = 0, sha256: str = "0" * 64) -> None:
+        self._bytes = ArrayFile(folder / "texts.bin", np.uint8)
+        self._starts = ArrayFile(folder / "texts.idx", np.int64)
+        self.dropped = dropped
+        """Empty texts of the corpus, which are not among these."""
+        self.sha256 = sha256
+        """Of the corpus file, as it was given."""
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, i: int) -> str:
+        """The i-th text.
+
+        Raises:
+            IndexError: if there are not so many.
+
+        """
+        if not 0 <= i < len(self):
+            raise IndexError(f"text {i} of {len(self)}")
+        return self.read(i, i + 1)[0]
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), READ_AHEAD):
+            yield from self.read(start, min(start + READ_AHEAD, len(self)))
+
+    def read(self, start: int, stop: int) -> list[str]:
+        """The texts `start` to `stop`."""
+        starts = self._starts.read(start, stop + 1)
+        joined = self._bytes.read_bytes(int(starts[0]), int(starts[-1]))
+        bounds = starts - starts[0]
+        return [joined[a:b].decode() for a, b in pairwise(bounds)]
