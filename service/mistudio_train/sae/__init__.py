@@ -1,0 +1,1 @@
+"""Sparse autoencoders, pure: tensors in, tensors out. Touches no disk, no pipe and no network."""

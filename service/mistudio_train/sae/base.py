@@ -1,0 +1,125 @@
+"""What every kind of SAE is to the trainer: one record in, one record out, and a few moments at which a kind may act.
+
+Owns the two plain linear layers and their start; must not know any particular kind, an optimiser, a disk or a network.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Final
+
+import torch
+from torch import Tensor, nn
+
+from .folded import FoldedSAE
+
+ACTIVE_ABOVE: Final = 1e-6
+"""An activation counts as active above this (the seed's threshold), in training and in statistics alike."""
+RARE_BELOW: Final = 0.01
+"""A latent active on a smaller share of the rows is dead by the seed's frequency threshold."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepInput:
+    """What a training step may know."""
+
+    x_BD: Tensor  # noqa: N815
+    """Rows of activations as extracted, unscaled, fp32."""
+    step: int
+    """Counts the steps made before this one."""
+    total_steps: int
+    """Steps of the whole run, if it is not ended early."""
+    dead_F: Tensor | None = None  # noqa: N815
+    """True for the latents that count as dead; `None` while none can be."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepOutput:
+    """What a training step says. Scalars are 0-d tensors on the device, so that nothing waits for them."""
+
+    loss: Tensor
+    """What is minimised, the sum of the next two; carries the gradient."""
+    reconstruction_loss: Tensor
+    sparsity_loss: Tensor
+    """The rest of the loss, its coefficient included: the L1 penalty, or the auxiliary loss of dead latents."""
+    l0: Tensor
+    """Mean number of active latents a row."""
+    active_rows_F: Tensor  # noqa: N815
+    """int64: on how many rows of this batch each latent was active."""
+
+
+class SparseAutoencoder(nn.Module, ABC):
+    """An encoder [d_sae, d_in] and a decoder [d_in, d_sae], which never share storage.
+
+    `encode` and `decode` take and give the rows' own units; whatever scaling a kind trains in stays inside `step`.
+    """
+
+    kind: ClassVar[str]
+
+    def __init__(self, d_in: int, d_sae: int, generator: torch.Generator) -> None:
+        super().__init__()
+        # Made without values: torch's own initialisation would draw from the global generator.
+        self.encoder = nn.Linear(d_in, d_sae, device="meta").to_empty(device="cpu")
+        self.decoder = nn.Linear(d_sae, d_in, device="meta").to_empty(device="cpu")
+        nn.init.zeros_(self.decoder.bias)
+        self.reset_latents(torch.ones(d_sae, dtype=torch.bool), generator)
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self.encoder.in_features
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.encoder.out_features
+
+    @property
+    def latent_axes(self) -> list[tuple[Tensor, int]]:
+        """The parameters that have a part for each latent, and along which axis."""
+        return [(self.encoder.weight, 0), (self.encoder.bias, 0), (self.decoder.weight, 1)]
+
+    @torch.no_grad()
+    def reset_latents(self, which_F: Tensor, generator: torch.Generator) -> None:
+        """Give the latents in `which_F` fresh encoder rows and biases, and decoder columns that copy those rows.
+
+        A whole encoder is drawn, on the CPU, so that the values depend neither on the device nor on which are reset.
+        """
+        drawn_FD, drawn_F = self.draw_encoder(generator)
+        weight, bias, which_F = self.encoder.weight, self.encoder.bias, which_F.to(self.encoder.weight.device)
+        weight.copy_(torch.where(which_F[:, None], drawn_FD.to(weight), weight))
+        bias.copy_(torch.where(which_F, drawn_F.to(bias), bias))
+        self.decoder.weight.copy_(torch.where(which_F, drawn_FD.to(weight).T, self.decoder.weight))
+
+    @abstractmethod
+    def draw_encoder(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A fresh encoder on the CPU: weight [d_sae, d_in] and bias [d_sae]."""
+
+    @abstractmethod
+    def encode(self, x_BD: Tensor) -> Tensor:
+        """Rows to their activations `acts_BF`, dense."""
+
+    @abstractmethod
+    def decode(self, acts_BF: Tensor) -> Tensor:
+        """Activations back to rows `x_hat_BD`."""
+
+    @abstractmethod
+    def step(self, inputs: StepInput) -> StepOutput:
+        """The losses of one batch, ready for `loss.backward()`."""
+
+    @abstractmethod
+    def folded(self) -> FoldedSAE:
+        """The same SAE as plain fp32 weights on rows as they are; copies, on the device of the weights."""
+
+    def prepare(self, sample_ND: Tensor) -> None:
+        """See a first sample of rows, once, before any step."""
+
+    def before_update(self) -> None:
+        """Act on the gradients, after `backward` and before they are clipped."""
+
+    def after_update(self) -> None:
+        """Act on the weights, after the optimiser has changed them."""
+
+
+def count_active(acts_BF: Tensor) -> Tensor:
+    """On how many rows each latent is active: int64 [d_sae]."""
+    return (acts_BF > ACTIVE_ABOVE).sum(0)

@@ -1,0 +1,101 @@
+"""Sums of what training steps say, kept on the device, and the plain numbers that people and programs read.
+
+Owns the averaging over rows and the check that a loss is a number; must not know what is trained or how.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mistudio_train.errors import TrainingDiverged
+
+from .base import StepOutput
+from .recipe import StopReason
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """Means over the rows of the steps since the last measurement."""
+
+    step: int
+    """Steps made so far."""
+    epoch: int
+    """The epoch they belong to, from 0."""
+    loss: float
+    reconstruction_loss: float
+    sparsity_loss: float
+    l0: float
+    """Mean number of active latents a row."""
+    dead_share: float
+    """Share of the latents that count as dead by the recipe, now."""
+    learning_rate: float
+    """Of the last step."""
+
+
+@dataclass(frozen=True)
+class EpochFigures:
+    """Means over all rows of one epoch, each row as its step saw it."""
+
+    epochs: int
+    """Epochs made, this one included."""
+    loss: float
+    reconstruction_loss: float
+    sparsity_loss: float
+    l0: float
+    """Mean number of active latents a row."""
+    fraction_active: float
+    """l0 / d_sae: what the seed calls sparsity."""
+    dead_share: float
+    """Share of the latents that were active on no row of the epoch."""
+    rarely_active_share: float
+    """Share of the latents that were active on less than 1% of its rows: dead by the seed's frequency threshold."""
+    reinitialized: int
+    """Latents given fresh weights after it."""
+    stop_reason: StopReason | None
+    """Why training ends here; `None`: it goes on."""
+
+
+class Sums:
+    """Row-weighted sums of the four scalars of `StepOutput`: adding never waits for the device, reading does."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self.rows = 0
+
+    def add(self, output: StepOutput, rows: int) -> None:
+        """Count one step over so many rows."""
+        scalars = torch.stack((output.loss, output.reconstruction_loss, output.sparsity_loss, output.l0))
+        self._sums.add_(scalars.detach().double(), alpha=rows)
+        self.rows += rows
+
+    def means(self, step: int) -> dict[str, float]:
+        """The four means by their names, at least one step having been counted.
+
+        Raises:
+            TrainingDiverged: if the loss is NaN or infinite; `step` says where that was seen.
+        """
+        sums = self._sums.tolist()
+        if not torch.isfinite(self._sums).all():
+            raise diverged(f"the loss is {sums[0] / self.rows} by step {step}")
+        names = ("loss", "reconstruction_loss", "sparsity_loss", "l0")
+        return {name: total / self.rows for name, total in zip(names, sums, strict=True)}
+
+    def clear(self) -> None:
+        """Begin again from nothing."""
+        self._sums.zero_()
+        self.rows = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums so far."""
+        return {"sums": self._sums, "rows": self.rows}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._sums.copy_(state["sums"])
+        self.rows = state["rows"]
+
+
+def diverged(what: str) -> TrainingDiverged:
+    """The error for a loss or a weight that is no number."""
+    return TrainingDiverged(f"Training diverged: {what}.", "Lower learning_rate, or look for infinite activations.")

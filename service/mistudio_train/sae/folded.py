@@ -1,0 +1,107 @@
+"""The trained SAE as evaluation and exports see it: plain weights on plain rows, with nothing left to know but k.
+
+Owns what the features of a finished SAE are; must not train, and must not know how any kind came to its weights.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .sparse import decode_sparse, keep_largest, to_dense
+
+
+@dataclass(frozen=True, eq=False)
+class FoldedSAE:
+    """Weights that work on rows as they were extracted: every scale and pre-bias is folded into them.
+
+    Features are `relu(encoder(x))`, of which only the k largest of a row stay where `k` is given; `decoder(features)`
+    reconstructs x. Units: a feature's activation times its decoder column is its part of x, in x's own units, so where
+    columns have norm 1 (`topk`) the activation is a length in the space of x. All tensors are fp32, contiguous,
+    detached, and share no storage with each other or with the SAE they came from.
+    """
+
+    kind: str
+    encoder_weight: Tensor
+    """[d_sae, d_in]"""
+    encoder_bias: Tensor
+    """[d_sae]"""
+    decoder_weight: Tensor
+    """[d_in, d_sae]"""
+    decoder_bias: Tensor
+    """[d_in]"""
+    k: int | None = None
+    """Latents kept a row; `None`: all that are positive."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self.encoder_weight.shape[1]
+
+    @property
+    def d_sae(self) -> int:
+        """Number of latents."""
+        return self.encoder_weight.shape[0]
+
+    @property
+    def needs(self) -> str | None:
+        """What a reader must do beyond `relu(encoder(x))`, in a sentence; `None` where that is all."""
+        if self.k is None:
+            return None
+        return f"Of relu(encoder(x)) keep the {self.k} largest values of each row and set the others to zero."
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights by the names of two linear layers: `encoder.weight` [d_sae, d_in] and so on."""
+        return {
+            "encoder.weight": self.encoder_weight,
+            "encoder.bias": self.encoder_bias,
+            "decoder.weight": self.decoder_weight,
+            "decoder.bias": self.decoder_bias,
+        }
+
+    def to(self, device: torch.device | str) -> "FoldedSAE":
+        """The same SAE on another device."""
+        return replace(
+            self,
+            encoder_weight=self.encoder_weight.to(device),
+            encoder_bias=self.encoder_bias.to(device),
+            decoder_weight=self.decoder_weight.to(device),
+            decoder_bias=self.decoder_bias.to(device),
+        )
+
+    @torch.no_grad()
+    def encode(self, x_BD: Tensor) -> Tensor:
+        """Rows to features `acts_BF`, dense."""
+        acts_BF = self._positive(x_BD)
+        return acts_BF if self.k is None else to_dense(*keep_largest(acts_BF, self.k), self.d_sae)
+
+    @torch.no_grad()
+    def encode_sparse(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows to `(values_BK, indices_BK)`, indices int64, in no order; places beyond a row's features hold zeros.
+
+        K is `k`, or where that is `None` the most features that any of these rows has.
+        """
+        acts_BF = self._positive(x_BD)
+        if self.k is not None:
+            return keep_largest(acts_BF, self.k)
+        most = int((acts_BF > 0).sum(1).max()) if len(acts_BF) else 0
+        return keep_largest(acts_BF, most)
+
+    @torch.no_grad()
+    def decode(self, acts_BF: Tensor) -> Tensor:
+        """Features back to rows `x_hat_BD`."""
+        return functional.linear(acts_BF, self.decoder_weight, self.decoder_bias)
+
+    @torch.no_grad()
+    def decode_sparse(self, values_BK: Tensor, indices_BK: Tensor) -> Tensor:
+        """What `decode` gives for the same features, from `encode_sparse`."""
+        return decode_sparse(values_BK, indices_BK, self.decoder_weight) + self.decoder_bias
+
+    def _positive(self, x_BD: Tensor) -> Tensor:
+        return functional.linear(x_BD, self.encoder_weight, self.encoder_bias).relu_()
+
+
+def plain(weight: Tensor) -> Tensor:
+    """A detached, contiguous fp32 copy, as `FoldedSAE` wants them."""
+    return weight.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)

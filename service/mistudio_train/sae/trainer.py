@@ -1,0 +1,199 @@
+"""Trains one SAE by a recipe, batch by batch, and can stop after any step and go on elsewhere bit for bit.
+
+Owns the optimiser, schedule, counters and generators; must not read rows from anywhere, and never asks for the kind.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .base import RARE_BELOW, SparseAutoencoder, StepInput
+from .figures import EpochFigures, StepFigures, Sums, diverged
+from .recipe import EarlyStopping, Recipe
+
+
+class Trainer:
+    """Call `prepare` once; then for every epoch `step` with the rows of each of `batches()`, and `end_epoch`.
+
+    What the seed leaves open about re-initialisation is decided here: the frequency is counted over the epoch's own
+    steps, in training; it happens by the recipe's `reinitialize_dead_every`, never once training is over; and Adam's
+    moments of the latents concerned begin again at zero.
+    """
+
+    def __init__(
+        self, sae: SparseAutoencoder, recipe: Recipe, *, rows: int, device: torch.device | str, seed: int
+    ) -> None:
+        """Move `sae` to `device`, to be trained on `rows` rows an epoch; `seed` fixes their order and all draws."""
+        self.sae = sae.to(device)
+        self.recipe = recipe
+        self.rows = rows
+        self.device = torch.device(device)
+        self.seed = seed
+        self.total_steps = recipe.total_steps(rows)
+        self.steps = 0
+        """Steps made."""
+        self.epoch = 0
+        """The epoch in progress, from 0; the number of epochs made."""
+        self._parameters = list(sae.parameters())
+        self._optimizer = torch.optim.Adam(self._parameters, lr=recipe.learning_rate, fused=True)
+        self._generator = torch.Generator().manual_seed(_derived_seed(seed))
+        self._stopping = EarlyStopping(recipe)
+        self._epoch_sums, self._recent_sums = Sums(self.device), Sums(self.device)
+        self._active_rows_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
+        self._rows_since_active_F = torch.zeros_like(self._active_rows_F)
+
+    @property
+    def rows_done(self) -> int:
+        """Rows of the epoch in progress that were trained on."""
+        return self._epoch_sums.rows
+
+    def prepare(self, sample_ND: Tensor) -> None:
+        """Show the SAE a first sample of rows, before any step; not again after resuming."""
+        self.sae.prepare(sample_ND.to(self.device))
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The order of the rows in an epoch: a permutation that depends on the seed and the epoch alone."""
+        return np.random.default_rng((self.seed, epoch)).permutation(np.arange(self.rows, dtype=np.int64))
+
+    def batches(self) -> Iterator[NDArray[np.int64]]:
+        """Row numbers of each batch that the epoch in progress still needs; the last may be smaller."""
+        order = self.order(self.epoch)
+        for start in range(self.rows_done, self.rows, self.recipe.batch_size):
+            yield order[start : start + self.recipe.batch_size]
+
+    def step(self, x_BD: Tensor) -> None:
+        """One update from a batch of rows, on any device and in any float type. Does not wait for the device."""
+        x_BD = x_BD.to(self.device, torch.float32, non_blocking=True)
+        output = self.sae.step(StepInput(x_BD, self.steps, self.total_steps, self._dead_latents()))
+        self._optimizer.zero_grad(set_to_none=True)
+        output.loss.backward()  # type: ignore[no-untyped-call]
+        self.sae.before_update()
+        if self.recipe.grad_clip is not None:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self.recipe.grad_clip)
+        self._optimizer.param_groups[0]["lr"] = self.recipe.learning_rate_at(self.steps, self.total_steps)
+        self._optimizer.step()
+        self.sae.after_update()
+        self._count(output.active_rows_F, len(x_BD))
+        self._epoch_sums.add(output, len(x_BD))
+        self._recent_sums.add(output, len(x_BD))
+        self.steps += 1
+
+    def measure(self) -> StepFigures | None:
+        """Figures of the steps since the last call, `None` if there were none. Waits for the device: call it rarely.
+
+        Raises:
+            TrainingDiverged: if the loss is NaN or infinite.
+        """
+        if self._recent_sums.rows == 0:
+            return None
+        means = self._recent_sums.means(self.steps)
+        self._recent_sums.clear()
+        return StepFigures(
+            step=self.steps,
+            epoch=self.epoch,
+            **means,
+            dead_share=_share(self._rows_since_active_F >= self.recipe.dead_after_rows),
+            learning_rate=self.recipe.learning_rate_at(self.steps - 1, self.total_steps),
+        )
+
+    def end_epoch(self) -> EpochFigures:
+        """Close the epoch: its figures, whether training ends, and fresh weights for rarely active latents when due.
+
+        Raises:
+            TrainingDiverged: if the loss or a weight is NaN or infinite.
+            ValueError: if the epoch's rows were not all trained on, or more than once.
+        """
+        if self.rows_done != self.rows:
+            raise ValueError(f"the epoch has {self.rows} rows, {self.rows_done} were trained on")
+        means = self._epoch_sums.means(self.steps)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
+            raise diverged(f"a weight is no number by step {self.steps}")
+        self.epoch += 1
+        stop_reason = self._stopping.after(self.epoch, means["loss"])
+        rare_F = self._active_rows_F < RARE_BELOW * self.rows
+        due = stop_reason is None and self.recipe.reinitializes_after(self.epoch)
+        figures = EpochFigures(
+            epochs=self.epoch,
+            **means,
+            fraction_active=means["l0"] / self.sae.d_sae,
+            dead_share=_share(self._active_rows_F == 0),
+            rarely_active_share=_share(rare_F),
+            reinitialized=self._reinitialize(rare_F) if due else 0,
+            stop_reason=stop_reason,
+        )
+        self._epoch_sums.clear()
+        self._active_rows_F.zero_()
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on: tensors and plain values only, for a loader that refuses pickles.
+
+        Refers to the live tensors: write it, or copy it, before the next step.
+        """
+        return {
+            "sae": self.sae.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "stopping": self._stopping.state_dict(),
+            "epoch_sums": self._epoch_sums.state_dict(),
+            "recent_sums": self._recent_sums.state_dict(),
+            "generator": self._generator.get_state(),
+            "active_rows_F": self._active_rows_F,
+            "rows_since_active_F": self._rows_since_active_F,
+            "steps": self.steps,
+            "epoch": self.epoch,
+            "rows": self.rows,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()` of a trainer made with the same arguments, as if it had never stopped.
+
+        Raises:
+            ValueError: if that trainer had other rows or another seed.
+        """
+        if (state["rows"], state["seed"]) != (self.rows, self.seed):
+            raise ValueError(
+                f"the checkpoint is of {state['rows']} rows and seed {state['seed']}, not {self.rows} and {self.seed}"
+            )
+        self.sae.load_state_dict(state["sae"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._stopping.load_state_dict(state["stopping"])
+        self._epoch_sums.load_state_dict(state["epoch_sums"])
+        self._recent_sums.load_state_dict(state["recent_sums"])
+        self._generator.set_state(state["generator"].cpu())
+        self._active_rows_F.copy_(state["active_rows_F"])
+        self._rows_since_active_F.copy_(state["rows_since_active_F"])
+        self.steps, self.epoch = state["steps"], state["epoch"]
+
+    def _dead_latents(self) -> Tensor | None:
+        rows_seen = self.epoch * self.rows + self.rows_done
+        if rows_seen < self.recipe.dead_after_rows:
+            return None
+        return self._rows_since_active_F >= self.recipe.dead_after_rows
+
+    def _count(self, active_rows_F: Tensor, rows: int) -> None:
+        self._active_rows_F += active_rows_F
+        self._rows_since_active_F += rows
+        self._rows_since_active_F.masked_fill_(active_rows_F > 0, 0)
+
+    def _reinitialize(self, which_F: Tensor) -> int:
+        self.sae.reset_latents(which_F, self._generator)
+        for parameter, axis in self.sae.latent_axes:
+            moments = self._optimizer.state[parameter]
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name].movedim(axis, 0)[which_F] = 0
+        self._rows_since_active_F[which_F] = 0
+        return int(which_F.sum())
+
+
+def _share(which_F: Tensor) -> float:
+    return float(which_F.double().mean())
+
+
+def _derived_seed(seed: int) -> int:
+    """A stream of its own: with the seed itself, re-initialising would draw the first weights again."""
+    return int(np.random.SeedSequence((seed, 1)).generate_state(1, np.uint64)[0])

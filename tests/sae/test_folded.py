@@ -1,0 +1,107 @@
+"""Folded weights give the features and reconstructions of the SAE they came from, on rows as they are."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mistudio_train.sae.base import SparseAutoencoder
+from mistudio_train.sae.standard import StandardAutoencoder
+from mistudio_train.sae.topk import TopKAutoencoder
+
+D_IN, D_SAE, K = 16, 64, 5
+Make = Callable[[], SparseAutoencoder]
+
+
+def moved(sae: SparseAutoencoder) -> SparseAutoencoder:
+    """With every weight away from its start, as training would leave it."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    sae.after_update()
+    return sae
+
+
+def rows() -> Tensor:
+    return 40 * torch.randn(200, D_IN, generator=torch.Generator().manual_seed(2)) + 25
+
+
+def standard() -> SparseAutoencoder:
+    return moved(StandardAutoencoder(D_IN, D_SAE, 1e-3, torch.Generator().manual_seed(0)))
+
+
+def topk() -> SparseAutoencoder:
+    sae = TopKAutoencoder(D_IN, D_SAE, K, 1 / 32, torch.Generator().manual_seed(0))
+    sae.prepare(rows())
+    return moved(sae)
+
+
+@pytest.mark.parametrize("make", [standard, topk])
+def test_features_and_reconstruction_are_those_of_the_sae(make: Make) -> None:
+    sae, x = make(), rows()
+    folded = sae.folded()
+    acts = sae.encode(x).detach()
+    torch.testing.assert_close(folded.encode(x), acts, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(folded.decode(acts), sae.decode(acts).detach(), atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [standard, topk])
+def test_two_plain_layers_are_enough_but_for_what_needs_says(make: Make) -> None:
+    folded, x = make().folded(), rows()
+    plain = nn.ModuleDict({"encoder": nn.Linear(D_IN, D_SAE), "decoder": nn.Linear(D_SAE, D_IN)})
+    plain.load_state_dict(folded.state_dict())
+    with torch.no_grad():
+        acts = plain["encoder"](x).relu()
+        if folded.k is None:
+            assert folded.needs is None
+        else:
+            assert folded.needs is not None
+            assert f"the {K} largest" in folded.needs
+            kept = acts.topk(folded.k, dim=1)
+            acts = torch.zeros_like(acts).scatter(1, kept.indices, kept.values)
+        assert torch.equal(folded.encode(x), acts)
+        assert torch.equal(folded.decode(acts), plain["decoder"](acts))
+
+
+@pytest.mark.parametrize("make", [standard, topk])
+def test_sparse_and_dense_agree(make: Make) -> None:
+    folded, x = make().folded(), rows()
+    values, indices = folded.encode_sparse(x)
+    acts = folded.encode(x)
+    assert torch.equal(torch.zeros_like(acts).scatter(1, indices, values), acts)
+    assert values.shape[1] == (folded.k or int((acts > 0).sum(1).max()))
+    torch.testing.assert_close(folded.decode_sparse(values, indices), folded.decode(acts), atol=1e-3, rtol=1e-5)
+
+
+def test_no_rows_have_no_features() -> None:
+    for folded in (standard().folded(), topk().folded()):
+        assert folded.encode(torch.zeros(0, D_IN)).shape == (0, D_SAE)
+        assert len(folded.encode_sparse(torch.zeros(0, D_IN))[0]) == 0
+
+
+def test_a_topk_activation_is_a_length_in_the_space_of_the_rows() -> None:
+    folded = topk().folded()
+    torch.testing.assert_close(folded.decoder_weight.norm(dim=0), torch.ones(D_SAE))
+    acts = folded.encode(rows())
+    parts = folded.decode(acts) - folded.decoder_bias
+    torch.testing.assert_close(parts, acts @ folded.decoder_weight.T, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("make", [standard, topk])
+def test_weights_are_plain_copies(make: Make) -> None:
+    sae = make()
+    folded = sae.folded()
+    weights = folded.state_dict()
+    assert {name: tuple(weight.shape) for name, weight in weights.items()} == {
+        "encoder.weight": (D_SAE, D_IN),
+        "encoder.bias": (D_SAE,),
+        "decoder.weight": (D_IN, D_SAE),
+        "decoder.bias": (D_IN,),
+    }
+    assert all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights.values())
+    assert not any(weight.requires_grad for weight in weights.values())
+    pointers = {weight.data_ptr() for weight in weights.values()} | {p.data_ptr() for p in sae.parameters()}
+    assert len(pointers) == 8
+    assert folded.to("cpu").needs == folded.needs

@@ -1,0 +1,116 @@
+"""From a request to the numbers of a training run, the learning rate's course, and when training ends."""
+
+import math
+
+import pytest
+
+from mistudio_schemas import StandardSAE, TopKSAE, TrainRequested
+from mistudio_train.sae.build import build_sae, recipe_for
+from mistudio_train.sae.recipe import EarlyStopping, Recipe, StopReason
+from mistudio_train.sae.topk import TopKAutoencoder
+
+
+def resolved(sae: StandardSAE | TopKSAE | None, max_epochs: int = 50) -> StandardSAE | TopKSAE:
+    request = TrainRequested(model_name="m", corpus_file="c.txt", sae=sae, max_epochs=max_epochs)
+    return request.resolved_saes()[0]
+
+
+def test_the_seeds_request_means_what_the_seed_says() -> None:
+    recipe = recipe_for(resolved(None), rows=5000, mean_pooled=True)
+    assert recipe == Recipe(
+        learning_rate=1e-4,
+        batch_size=16,
+        max_epochs=50,
+        dead_after_rows=5000,
+        reinitialize_dead_every=10,
+        min_loss=0.01,
+        patience=10,
+    )
+    sae = build_sae(resolved(None), d_in=32)
+    assert (sae.kind, sae.d_in, sae.d_sae) == ("standard", 32, 1024)
+
+
+def test_topk_takes_its_kinds_own_recipe() -> None:
+    config = resolved(TopKSAE(hidden_dim=4096, k=7))
+    recipe = recipe_for(config, rows=100_000, mean_pooled=False)
+    assert recipe.learning_rate == pytest.approx(4e-4)  # 2e-4 / sqrt(1 / 4)
+    assert (recipe.warmup, recipe.decay, recipe.grad_clip) == (0.05, 0.2, 1.0)
+    assert (recipe.batch_size, recipe.dead_after_rows) == (1024, 500_000)
+    assert (recipe.min_loss, recipe.patience, recipe.reinitialize_dead_every) == (None, None, 0)
+    sae = build_sae(config, d_in=31)
+    assert isinstance(sae, TopKAutoencoder)
+    assert (sae.k, sae.k_aux, sae.aux_k_coeff) == (7, 16, 1 / 32)
+
+
+def test_a_learning_rate_that_was_asked_for_is_used() -> None:
+    assert recipe_for(resolved(TopKSAE(learning_rate=0.5)), rows=10, mean_pooled=False).learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("rows", "mean_pooled", "expected"), [(5000, True, 312), (100, True, 16), (100, False, 1024), (10**6, True, 1024)]
+)
+def test_a_mean_pooled_topk_takes_smaller_batches(rows: int, mean_pooled: bool, expected: int) -> None:
+    assert recipe_for(resolved(TopKSAE()), rows=rows, mean_pooled=mean_pooled).batch_size == expected
+
+
+def test_dead_after_is_a_share_of_the_run_and_at_most_ten_million_rows() -> None:
+    recipe = recipe_for(resolved(TopKSAE(dead_after=0.5), max_epochs=100), rows=10**6, mean_pooled=False)
+    assert recipe.dead_after_rows == 10_000_000
+
+
+def test_what_was_not_resolved_is_refused() -> None:
+    with pytest.raises(ValueError, match="'hidden_dim' is missing"):
+        build_sae(StandardSAE(), d_in=4)
+    with pytest.raises(ValueError, match="'learning_rate' is missing"):
+        recipe_for(StandardSAE(), rows=4, mean_pooled=True)
+    with pytest.raises(ValueError, match="k must be at most the hidden dimension"):
+        build_sae(TopKSAE(hidden_dim=8, k=9, seed=0), d_in=4)
+
+
+def recipe(**changes: float | None) -> Recipe:
+    numbers: dict[str, float | None] = {"learning_rate": 1.0, "batch_size": 10, "max_epochs": 5, "dead_after_rows": 1}
+    return Recipe(**(numbers | changes))  # type: ignore[arg-type]
+
+
+def test_the_last_batch_of_an_epoch_counts() -> None:
+    assert recipe().total_steps(rows=21) == 15
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    course = [recipe(warmup=0.2, decay=0.4).learning_rate_at(step, 10) for step in range(10)]
+    assert course == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    assert {recipe().learning_rate_at(step, 10) for step in range(10)} == {1.0}
+
+
+def test_the_learning_rate_is_positive_even_when_rise_and_fall_overlap() -> None:
+    course = [recipe(warmup=1, decay=1).learning_rate_at(step, 4) for step in range(4)]
+    assert course == [0.25, 0.5, 0.5, 0.25]
+
+
+def test_latents_are_reinitialized_every_so_many_epochs_but_not_in_the_last_ten() -> None:
+    numbers = recipe(max_epochs=50, reinitialize_dead_every=10)
+    assert [epoch for epoch in range(1, 51) if numbers.reinitializes_after(epoch)] == [10, 20, 30, 40]
+    assert not any(recipe(max_epochs=19, reinitialize_dead_every=10).reinitializes_after(e) for e in range(1, 20))
+    assert not any(recipe(max_epochs=50).reinitializes_after(epoch) for epoch in range(1, 51))
+
+
+def reasons(stopping: EarlyStopping, losses: list[float]) -> list[StopReason | None]:
+    return [stopping.after(epoch, loss) for epoch, loss in enumerate(losses, start=1)]
+
+
+def test_ends_when_the_mean_loss_is_below_the_minimum() -> None:
+    assert reasons(EarlyStopping(recipe(min_loss=0.5)), [0.6, 0.5, 0.4]) == [None, None, "min_loss"]
+
+
+def test_ends_after_ten_epochs_in_a_row_without_improvement() -> None:
+    losses = [1.0] * 10 + [0.9] + [0.9] * 10
+    expected = [None] * 20 + ["no_improvement"]
+    assert reasons(EarlyStopping(recipe(max_epochs=99, patience=10)), losses) == expected
+
+
+def test_ends_with_the_last_epoch() -> None:
+    assert reasons(EarlyStopping(recipe(max_epochs=2)), [1.0, math.pi]) == [None, "max_epochs"]
+
+
+def test_without_rules_only_the_last_epoch_ends_it() -> None:
+    assert reasons(EarlyStopping(recipe(max_epochs=30)), [0.0] * 30) == [None] * 29 + ["max_epochs"]
