@@ -123,7 +123,11 @@ def _up(containers: ExitStack, container: "DockerContainer") -> None:
     try:
         container.start()
     except (docker.errors.DockerException, TimeoutError) as error:
-        raise StackError(f"The container of {container.image} did not come up: {error}", "See `docker logs`") from error
+        raise StackError(
+            f"The container of {container.image} did not come up: {error}",
+            "Is its image to be had? Set TESTCONTAINERS_RYUK_DISABLED=true where only the reaper's image is not, "
+            "or choose MISTUDIO_STACK=native",
+        ) from error
 
 
 def _kafka(host: str, port: int) -> "DockerContainer":
