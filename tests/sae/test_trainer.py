@@ -177,6 +177,9 @@ def test_figures_of_an_epoch_are_means_over_rows() -> None:
     assert figures.dead_share == (~active.any(0)).double().mean().item() == 5 / D_SAE
     assert figures.rarely_active_share == 5 / D_SAE
     assert (figures.epochs, figures.stop_reason, figures.reinitialized) == (1, None, 0)
+    with torch.no_grad():
+        sae.encoder.bias[5:7] = -100.0
+    assert epoch_of(trainer, x).dead_share == 7 / D_SAE  # counted anew in each epoch
 
 
 def test_measuring_covers_the_steps_since_the_last_time() -> None:
@@ -307,7 +310,7 @@ def test_half_precision_rows_are_trained_on_in_full_precision() -> None:
 
 def test_epochs_without_improvement_are_counted_across_a_resume() -> None:
     x = torch.zeros(ROWS, D_IN)
-    changes = {"max_epochs": 99, "learning_rate": 1e-30, "reinitialize_dead_every": 0}
+    changes: dict[str, Any] = {"max_epochs": 99, "learning_rate": 1e-30, "reinitialize_dead_every": 0}
     first = trainer_of(KINDS[0], **changes)
     for _ in range(6):
         assert epoch_of(first, x).stop_reason is None
