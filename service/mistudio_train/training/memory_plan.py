@@ -1,0 +1,196 @@
+"""Whether a job fits its device, and how it is to be run there, planned from shapes before any weight is read.
+
+Counts bytes and asks the driver and the system what is free; imports no torch, loads nothing.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+from mistudio_train.errors import NotEnoughMemory
+from mistudio_train.gpu import Gpu
+from mistudio_train.messages import JobSpec
+
+from .device import Device, leased_device
+from .model_source import ModelSource
+from .recommendations import recommendations
+
+GIB: Final = 1024**3
+Dtype = Literal["float32", "bfloat16", "float16"]
+BYTES: Final[dict[Dtype, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
+NF4_BYTES: Final = 0.52
+"""A 4-bit weight with its doubly quantised scales."""
+SAE_COPIES: Final = 5
+"""fp32 copies of an SAE in training: weights, gradients, two moments of Adam, and the best epoch's weights."""
+SAE_BATCH_COPIES: Final = 4
+"""fp32 matrices of rows by latents that a step holds at once."""
+MAX_TOKENS_CPU: Final = 2048
+"""Beyond this a forward pass on a CPU gains nothing: its activations leave the cache."""
+MAX_TOKENS_GPU: Final = 65536
+LARGE_PARAMETERS: Final = 2_000_000_000
+"""A model of so many parameters is reported as large (the seed's list begins there, with Phi-2)."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How the job is to be run."""
+
+    device: str
+    """`cpu` or `cuda:0`."""
+    dtype: Dtype
+    """Of the language model."""
+    quantization: Literal["none", "nf4"]
+    tokens_per_batch: int
+    """Tokens of a forward pass, padding included."""
+    model_bytes: int
+    sae_bytes: int
+    """Of the largest SAE in training."""
+    planned_bytes: int
+    """The job's peak on its device."""
+    available_bytes: int
+    """What the lease allows there."""
+    parameters: int
+    memory_optimizations: dict[str, Any] = field(default_factory=dict)
+    """What the job's metadata says of it, with the seed's keys."""
+    warnings: tuple[str, ...] = ()
+
+
+def plan_memory(source: ModelSource, spec: JobSpec, device: Device | None = None) -> MemoryPlan:
+    """Plan a job: precision, quantisation, and tokens a forward pass.
+
+    The language model is gone when the SAEs are trained, one after another, so the peak is the larger of the two.
+
+    Args:
+        source: the model.
+        spec: the job.
+        device: `None`: what the lease gives right now.
+
+    Raises:
+        NotEnoughMemory: saying how much is needed, how much there is, and what to lower.
+        GpuUnavailable: if the lease's GPU does not answer.
+
+    """
+    device = device or leased_device(spec.lease, spec.memory_limit_bytes)
+    length = source.sequence_limit(spec.request.max_sequence_length)
+    dtype = _dtype(spec.request.dtype, device.gpu)
+    shapes = trunk_shapes(source, spec.token)
+    per_token = bytes_per_token(source, dtype, length)
+    sae_bytes = max(
+        sae_training_bytes(source.d_in, sae.hidden_dim or 0, sae.batch_size or 1)
+        for sae in spec.request.resolved_saes()
+    )
+    room = device.available_bytes - device.overhead
+    quantization = _quantization(spec.request.quantization, device, shapes, dtype, room - length * per_token)
+    model_bytes = weight_bytes(shapes, dtype, quantization)
+    needed = max(model_bytes + length * per_token, sae_bytes)
+    if needed > room:
+        raise _too_large(needed + device.overhead, device, sae_bytes >= needed)
+    cap = MAX_TOKENS_GPU if device.gpu else MAX_TOKENS_CPU
+    tokens = max(length, min(cap, (room - model_bytes) // per_token))
+    planned = device.overhead + max(model_bytes + tokens * per_token, sae_bytes)
+    plan = MemoryPlan(
+        device.name, dtype, quantization, tokens, model_bytes, sae_bytes, planned, device.available_bytes,
+        sum(map(_size, shapes.values())), warnings=_warnings(spec.request.quantization, quantization),
+    )  # fmt: skip
+    plan.memory_optimizations.update(_optimizations(source.name, plan, length))
+    return plan
+
+
+def trunk_shapes(source: ModelSource, token: str | None = None) -> dict[str, tuple[int, ...]]:
+    """The shapes of the weights that will be loaded: no head, and of an encoder-decoder only the encoder."""
+    shapes = source.parameter_shapes(token) or _estimated_shapes(source)
+    skipped: tuple[str, ...] = ("lm_head.", "cls.", "score.", "classifier.")
+    if source.config.get("is_encoder_decoder"):
+        skipped = (*skipped, "decoder.", "model.decoder.")
+    return {name: shape for name, shape in shapes.items() if not name.startswith(skipped)}
+
+
+def weight_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: Dtype, quantization: str) -> int:
+    """Bytes of the weights on the device. Quantised are matrices, but not embeddings."""
+    total = 0.0
+    for name, shape in shapes.items():
+        small = quantization == "nf4" and len(shape) == 2 and not re.search(r"embed|wte|wpe|shared", name)
+        total += _size(shape) * (NF4_BYTES if small else BYTES[dtype])
+    return int(total)
+
+
+def bytes_per_token(source: ModelSource, dtype: Dtype, length: int) -> int:
+    """Bytes of a forward pass' temporaries for each token: the residual stream with its copies in a block, the MLP's
+    inside, and attention scores, which some families compute whole.
+    """
+    scores = 2 * source.heads * length
+    return BYTES[dtype] * (10 * source.d_in + 3 * source.d_mlp + scores) + 4 * source.d_in
+
+
+def sae_training_bytes(d_in: int, d_sae: int, batch_size: int) -> int:
+    """Bytes of an SAE in training: its parameters with all their copies, and a step's matrices."""
+    parameters = 2 * d_in * d_sae + d_sae + d_in
+    return 4 * (SAE_COPIES * parameters + SAE_BATCH_COPIES * batch_size * (d_sae + d_in))
+
+
+def _dtype(asked: str, gpu: Gpu | None) -> Dtype:
+    match asked:
+        case "float32" | "bfloat16" | "float16":
+            return asked
+    if gpu is None:
+        return "float32"
+    return "bfloat16" if gpu.supports_bfloat16 else "float16"
+
+
+def _quantization(
+    asked: str, device: Device, shapes: Mapping[str, tuple[int, ...]], dtype: Dtype, room: int
+) -> Literal["none", "nf4"]:
+    """4-bit weights where they are asked for, or nothing else fits; only a GPU can compute with them."""
+    if device.gpu is None or asked == "none":
+        return "none"
+    return "nf4" if asked == "nf4" or weight_bytes(shapes, dtype, "none") > room else "none"
+
+
+def _warnings(asked: str, quantization: str) -> tuple[str, ...]:
+    if asked == quantization or asked == "auto":
+        return ()
+    return ("4-bit weights need a GPU: the model is loaded without quantisation",)
+
+
+def _too_large(needed: int, device: Device, sae: bool) -> NotEnoughMemory:
+    lower = "hidden_dim or batch_size" if sae else "max_sequence_length, or choose a smaller model"
+    return NotEnoughMemory(
+        f"{'The SAE' if sae else 'The model'} needs {needed / GIB:.2f} GiB on {device.name}, "
+        f"{device.available_bytes / GIB:.2f} GiB are available",
+        f"Lower {lower}, or use a worker with more memory.",
+    )
+
+
+def _estimated_shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
+    """A transformer of the config's numbers, for weights whose shapes cannot be had without reading them."""
+    d, inner = source.d_in, source.d_mlp
+    block = {"attention": (4 * d, d), "mlp": (3 * d, inner)}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{i}.{name}": shape for i in range(source.total_layers) for name, shape in block.items()
+    }
+    return shapes | {"embed": (source.vocab_size, d)}
+
+
+def _size(shape: Sequence[int]) -> int:
+    product = 1
+    for side in shape:
+        product *= side
+    return product
+
+
+def _optimizations(model_name: str, plan: MemoryPlan, length: int) -> dict[str, Any]:
+    return recommendations(model_name) | {
+        "is_large_model": plan.parameters >= LARGE_PARAMETERS,
+        "recommended_batch_size": max(1, plan.tokens_per_batch // length),
+        "recommended_sequence_length": length,
+        "use_quantization": plan.quantization != "none",
+        "use_gradient_checkpointing": False,  # nothing is differentiated through the language model
+        "min_gpu_memory_gb": round(plan.planned_bytes / GIB, 3),
+        "planned_bytes": plan.planned_bytes,
+        "model_bytes": plan.model_bytes,
+        "sae_bytes": plan.sae_bytes,
+        "available_bytes": plan.available_bytes,
+        "tokens_per_batch": plan.tokens_per_batch,
+        "dtype": plan.dtype,
+    }

@@ -1,0 +1,58 @@
+"""Which layers and hook sites a request means, given how many blocks the model has. Pure; imports no torch."""
+
+from dataclasses import dataclass
+
+from mistudio_schemas import ErrorCode, HookSite, TrainRequested
+from mistudio_train.errors import RequestRefused
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """Where activations are read."""
+
+    layer: int
+    hook_site: HookSite = "resid_post"
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.hook_site}"
+
+
+@dataclass(frozen=True)
+class Sites:
+    """Where each SAE of a request reads."""
+
+    of_saes: tuple[Site, ...]
+    """In the order of `resolved_saes()`; several may be the same."""
+    selected_layer: int
+    """The primary SAE's."""
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def distinct(self) -> tuple[Site, ...]:
+        """Each site once, shallow ones first: what is to be extracted."""
+        return tuple(sorted(set(self.of_saes)))
+
+
+def resolve_sites(request: TrainRequested, total_layers: int) -> Sites:
+    """Find each SAE's site; the default layer becomes the last one of a shallower model, with a warning.
+
+    Raises:
+        RequestRefused: `request.layer_out_of_range`, if a layer that the requester named is not there.
+
+    """
+    saes, last, warnings = request.resolved_saes(), total_layers - 1, []
+    for sae in saes:
+        if sae.layer_number is not None and sae.layer_number > last:
+            raise RequestRefused(
+                f"Layer {sae.layer_number} is out of range: the model has {total_layers} layers, 0..{last}",
+                f"Name a layer in 0..{last}.",
+                ErrorCode.REQUEST_LAYER_OUT_OF_RANGE,
+            )
+    default = request.layer_number
+    if any(sae.layer_number is None for sae in saes) and default > last:
+        warnings.append(f"The default layer {default} is not in a model of {total_layers} layers: layer {last} is used")
+        default = last
+    sites = tuple(
+        Site(default if sae.layer_number is None else sae.layer_number, sae.hook_site or "resid_post") for sae in saes
+    )
+    return Sites(sites, sites[0].layer, tuple(warnings))
