@@ -3,7 +3,6 @@
 Owns temporary names, strict JSON and the guard of plain values; must not know what any file means.
 """
 
-import errno
 import json
 import math
 import shutil
@@ -15,6 +14,8 @@ import torch
 from torch import Tensor
 
 from mistudio_train.errors import DiskFull, ExportRefused
+
+from .disk import disk_errors
 
 PLAIN_SCALARS = (str, int, float, bool, type(None))
 SECRETS = ("huggingface_token", "hf_token", "token")
@@ -41,23 +42,17 @@ def whole(path: Path, size: int = 0) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(path.parent).free < size:
-        raise disk_full(path, size)
+        raise DiskFull(
+            f"the disk has no room for {path.name} ({size:,} bytes)",
+            "Free space under DATA_PATH, or ask for fewer tokens (token_budget).",
+        )
     partial = path.with_name(f".{path.name}.partial")
     try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise disk_full(path, size) from error
-        raise
+        with disk_errors():
+            yield partial
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def disk_full(path: Path, size: int) -> DiskFull:
-    """The error of a file that the workspace's disk cannot hold."""
-    need = f" ({size:,} bytes)" if size else ""
-    return DiskFull(f"the disk has no room for {path.name}{need}", "Give the worker's DATA_PATH a larger disk.")
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:

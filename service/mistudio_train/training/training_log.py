@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from .disk import disk_errors
 from .files import refuse_unless_plain
 
 Value = str | int | float | bool | None
@@ -30,6 +31,7 @@ class TrainingLog:
 
         Raises:
             ExportRefused: if a value is of another type, a numpy scalar say.
+            DiskFull: if the disk is full.
 
         """
         strange = {
@@ -39,8 +41,9 @@ class TrainingLog:
         if strange:
             line["not_finite"] = {name: str(value) for name, value in strange.items()}
         refuse_unless_plain(line, self._path.name)
-        self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        with disk_errors():
+            self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+            self._file.flush()
 
     def close(self) -> None:
         """No more lines."""
