@@ -28,6 +28,7 @@ class Contract(BaseModel):
 
         Raises:
             ValueError: if a number is NaN or Infinity, which JSON cannot hold.
+
         """
         return json.dumps(self.model_dump(mode="json"), allow_nan=False, ensure_ascii=False).encode()
 
@@ -37,6 +38,7 @@ class Contract(BaseModel):
 
         Raises:
             ValueError: if the bytes are not JSON, or do not fit the model (pydantic's ValidationError is one).
+
         """
         return cls.model_validate(read_object(value), **kwargs)
 
@@ -46,6 +48,7 @@ def read_object(value: bytes) -> JsonObject:
 
     Raises:
         ValueError: if the bytes are not strict JSON (NaN included), or are JSON but no object.
+
     """
     parsed = from_json(value, allow_inf_nan=False)
     if not isinstance(parsed, dict):
@@ -72,6 +75,7 @@ def refuse_unknown_fields(model: type[BaseModel], raw: JsonObject) -> None:
 
     Raises:
         UnknownFields: naming each field that would be ignored, with the nearest field that exists.
+
     """
     unknown = dict(_unknown(model, raw, ""))
     if unknown:

@@ -35,8 +35,8 @@ class KafkaRecord:
     """What a producer sends: `await producer.send_and_wait(**record.as_dict())` with aiokafka."""
 
     topic: str
-    key: bytes
-    value: bytes
+    key: bytes | None
+    value: bytes | None
     headers: Headers
 
     def as_dict(self) -> dict[str, object]:
@@ -55,6 +55,7 @@ def record_for(
 
     Raises:
         ValueError: if a request has no job id (`new_job_id()` makes one), or a number is not finite.
+
     """
     if event.job_id is None:
         raise ValueError("the request needs a job_id: TrainRequested(job_id=new_job_id(), ...)")
@@ -112,6 +113,7 @@ def parse_event(value: bytes, headers: Iterable[tuple[str, bytes]]) -> Contract:
 
     Raises:
         ValueError: if `ce_type` is missing or unknown, or the value does not fit it.
+
     """
     kind = header(headers, "ce_type")
     model = EVENT_TYPES.get(kind or "")

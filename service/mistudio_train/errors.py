@@ -1,6 +1,7 @@
 """Every way a job can end without a result, each with a stable code, a sentence for a person and what to do.
 
 JobError
+├── ChildFailed         any                  what the child reported, as the parent sees it
 ├── RequestRefused      request.*            the request must change
 ├── CorpusRefused       corpus.*             the corpus must change
 ├── ModelRefused        model.*              the model, its name or its folder must change
@@ -16,7 +17,7 @@ JobError
 └── HubUnreachable      hub.unreachable      the model hub does not answer                         retryable
 """
 
-from typing import ClassVar
+from collections.abc import Sequence
 
 from mistudio_schemas import ErrorCode
 
@@ -25,13 +26,26 @@ class JobError(Exception):
     """A job cannot go on. `str(error)` is the sentence for a person; `hint` says what to do."""
 
     code: ErrorCode = ErrorCode.INTERNAL
-    retryable: ClassVar[bool] = False
+    retryable: bool = False
 
-    def __init__(self, message: str, hint: str, code: ErrorCode | None = None) -> None:
+    def __init__(
+        self, message: str, hint: str, code: ErrorCode | None = None, *, traceback: Sequence[str] = ()
+    ) -> None:
         super().__init__(message)
         self.hint = hint
+        self.traceback = list(traceback)
         if code is not None:
             self.code = code
+
+
+class ChildFailed(JobError):
+    """The child said itself why it could not go on; code and retryability are its own."""
+
+    def __init__(
+        self, message: str, hint: str, code: ErrorCode, *, retryable: bool, traceback: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message, hint, code, traceback=traceback)
+        self.retryable = retryable
 
 
 class RequestRefused(JobError):

@@ -15,6 +15,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object a line: time, logger, level, message, and the traceback where there is one."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """The line, without a line end."""
         line = {
             "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"),
             "logger": record.name,

@@ -8,9 +8,10 @@ import socket
 from pathlib import Path
 from typing import Literal
 
-from mistudio_schemas import Limits, Topics
 from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from mistudio_schemas import Limits, Topics
 
 from .messages import Logging
 
@@ -42,8 +43,8 @@ class Settings(BaseSettings):
     """Off for a broker that has none: the end of a job is then published at least once, not exactly once."""
     kafka_request_partitions: int = Field(64, ge=1)
     """Partitions of `train.requested` when the worker creates it: at least four times the GPUs that may serve it."""
-    kafka_replication_factor: int = -1
-    """Of topics that the worker creates; -1: the broker's default."""
+    kafka_replication_factor: int | None = Field(None, ge=1)
+    """Of topics that the worker creates; unset: three, or as many as there are brokers if fewer."""
 
     minio_endpoint: str = "localhost:9000"
     """`host:port` of MinIO or another S3 store."""
@@ -102,6 +103,11 @@ class Settings(BaseSettings):
         return Topics(self.kafka_topic_prefix)
 
     @property
+    def event_source(self) -> str:
+        """`ce_source` of this worker's events."""
+        return f"/mistudio-train/{self.worker_id}"
+
+    @property
     def logging(self) -> Logging:
         """How this process and its children log."""
         return Logging(self.log_level, self.log_format)
@@ -121,6 +127,7 @@ class Settings(BaseSettings):
 
         Raises:
             KeyError: if the operator holds no token of that name.
+
         """
         if name is None:
             return self.hf_token

@@ -10,23 +10,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from xml.etree import ElementTree
 
 import urllib3
 from minio import Minio
 from minio.datatypes import Object
 from minio.deleteobjects import DeleteObject
-from minio.error import InvalidResponseError, MinioException, S3Error, ServerError
+from minio.error import MinioException, S3Error
 from minio.helpers import check_bucket_name
-from urllib3.exceptions import (
-    ConnectTimeoutError,
-    HTTPError,
-    MaxRetryError,
-    NameResolutionError,
-    NewConnectionError,
-    ReadTimeoutError,
-    SSLError,
-)
+from urllib3.exceptions import HTTPError
 from urllib3.util import Retry, Timeout
 
 from mistudio_train.errors import StoreUnavailable
@@ -37,6 +28,7 @@ from .objects import (
     OCTETS,
     Copied,
     HashingReader,
+    KeyRefused,
     NotFound,
     ObjectInfo,
     OnBytes,
@@ -45,6 +37,7 @@ from .objects import (
     check_prefix,
     receive,
 )
+from .s3_reasons import FORBIDDEN, MISSING, NO_S3, code_in, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +53,6 @@ RETRIES = Retry(
     raise_on_status=False,
     respect_retry_after_header=False,  # a wait of hours is the caller's to decide
 )
-MISSING = {"NoSuchKey", "NoSuchBucket", "NoSuchObject"}
-FORBIDDEN = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 
 
 class S3Store:
@@ -151,8 +142,13 @@ class S3Store:
         """An object's size and time. Raises `NotFound`."""
         check_key(key)
         with self._asking(f"tell of {key}", key):
-            found = self._client.stat_object(self._bucket, key)
-            return _info(key, found)
+            try:
+                return _info(key, self._client.stat_object(self._bucket, key))
+            except S3Error:
+                # the answer to HEAD has no body: only a second question tells a missing bucket from a missing object
+                if self._client.bucket_exists(self._bucket):
+                    raise
+                raise self._unavailable(f"tell of {key}", "NoSuchBucket") from None
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """Every object whose key begins with `prefix`, in the keys' order."""
@@ -214,7 +210,7 @@ class S3Store:
             response = self._http.request("PUT", url, body=data, headers=condition, retries=False, redirect=False)
         if response.status == 200:
             return _etag(response)
-        code = _code(response.data)
+        code = code_in(response.data)
         if response.status == 412 or code == "NoSuchKey":
             return None
         raise self._unavailable(f"store {key}", code or f"HTTP status {response.status}")
@@ -224,8 +220,10 @@ class S3Store:
         """Turn what minio and urllib3 raise into our errors; their texts may hold URLs, so only reasons are kept."""
         try:
             yield
-        except (MinioException, HTTPError, ElementTree.ParseError) as error:
-            reason = _reason(error)
+        except KeyRefused:
+            raise
+        except (MinioException, HTTPError, *NO_S3) as error:
+            reason = reason_of(error)
         else:
             return
         own = bucket in (None, self._bucket)
@@ -245,7 +243,7 @@ class S3Store:
 
 def _client(settings: Settings, http: urllib3.PoolManager) -> Minio:
     try:
-        check_bucket_name(settings.minio_bucket)
+        check_bucket_name(settings.minio_bucket, strict=True)
         return Minio(
             settings.minio_endpoint,
             settings.minio_access_key.get_secret_value() or None,
@@ -260,41 +258,6 @@ def _client(settings: Settings, http: urllib3.PoolManager) -> Minio:
             "MINIO_ENDPOINT is host:port without a scheme, MINIO_BUCKET 3 to 63 of a-z, 0-9, '.' and '-'; give both "
             "keys or neither.",
         ) from None
-
-
-def _reason(error: MinioException | HTTPError | ElementTree.ParseError) -> str:
-    """Why, in words without a URL."""
-    if isinstance(error, S3Error):
-        return error.code or "an error without a code"
-    if isinstance(error, ServerError):
-        return f"HTTP status {error.status_code}"
-    if isinstance(error, InvalidResponseError | ElementTree.ParseError):
-        return "an answer that is no S3"
-    if isinstance(error, MaxRetryError) and error.reason is not None:
-        error = error.reason if isinstance(error.reason, HTTPError) else error
-    for kind, words in _WORDS.items():
-        if isinstance(error, kind):
-            return words
-    return f"the connection broke ({type(error).__name__})"
-
-
-_WORDS: dict[type[Exception], str] = {
-    ConnectTimeoutError: "no connection in time",
-    ReadTimeoutError: "no answer in time",
-    NameResolutionError: "no host of that name",
-    NewConnectionError: "no connection",
-    SSLError: "TLS failed",
-}
-
-
-def _code(body: bytes) -> str | None:
-    """The code in S3's error document."""
-    try:
-        # the store's own answer; expat bounds what entities may expand to
-        root = ElementTree.fromstring(body)  # noqa: S314
-    except ElementTree.ParseError:
-        return None
-    return next((element.text for element in root.iter() if element.tag.endswith("Code")), None)
 
 
 def _etag(response: urllib3.BaseHTTPResponse) -> str:

@@ -1,0 +1,77 @@
+"""What a finished SAE does on every row: one row a text for the bundle, statistics on the way, sparse features.
+
+Runs the folded SAE over the stored activations in blocks; writes no file and decides nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mistudio_train.sae.folded import FoldedSAE
+from mistudio_train.sae.statistics import FeatureStatistics
+
+from .bundle import Block
+from .features import TokenFeatures
+from .text_rows import one_row_a_text
+
+BLOCK_BYTES = 32 * 1024**2
+"""Of the dense features of one block of rows."""
+
+
+class OrderedRows(Protocol):
+    """Stored activations in the order of the texts."""
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        ...
+
+    def blocks(self, rows_per_block: int) -> Iterator[tuple[int, Tensor]]:
+        """First row's number and the rows, fp32 [B, d_in]."""
+        ...
+
+    def labels(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Text, position and token id of rows, int64 [B] each; position and token id are -1 for a whole text."""
+        ...
+
+
+class Evaluation:
+    """One SAE on one site's rows.
+
+    Args:
+        device: where the SAE runs.
+        on_progress: told the share of the rows that are done.
+    """
+
+    def __init__(
+        self, sae: FoldedSAE, rows: OrderedRows, device: torch.device, on_progress: Callable[[float], None]
+    ) -> None:
+        self._sae, self._rows, self._device = sae.to(device), rows, device
+        self._on_progress = on_progress
+        self._rows_per_block = max(16, BLOCK_BYTES // (4 * sae.d_sae))
+        self.statistics = FeatureStatistics(sae.d_sae, sae.d_in, device)
+
+    def text_blocks(self, texts: int, *, mean_pooled: bool) -> Iterator[Block]:
+        """Features and activations, one row a text, on the CPU. Complete only when it is exhausted."""
+        if mean_pooled:
+            return ((acts_BF, x_BD) for acts_BF, x_BD, _ in self._dense_blocks())
+        return one_row_a_text(self._dense_blocks(), texts)
+
+    def sparse_blocks(self) -> Iterator[TokenFeatures]:
+        """The active features of every row, in order."""
+        for start, x_BD in self._rows.blocks(self._rows_per_block):
+            values_BK, indices_BK = self._sae.encode_sparse(x_BD.to(self._device))
+            text_B, position_B, token_B = self._rows.labels(start, start + len(x_BD))
+            yield TokenFeatures(text_B, position_B, token_B, values_BK.cpu(), indices_BK.cpu())
+            self._on_progress((start + len(x_BD)) / self._rows.rows)
+
+    def _dense_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for start, x_BD in self._rows.blocks(self._rows_per_block):
+            there_BD = x_BD.to(self._device)
+            acts_BF = self._sae.encode(there_BD)
+            self.statistics.update(there_BD, self._sae.decode(acts_BF), acts_BF)
+            text_B, _, _ = self._rows.labels(start, start + len(x_BD))
+            yield acts_BF.cpu(), x_BD, text_B
+            self._on_progress((start + len(x_BD)) / self._rows.rows)

@@ -1,0 +1,125 @@
+"""How the child says where it is: often enough to be seen alive, seldom enough to cost nothing, never more than true.
+
+Only the work itself speaks. Inside one long library call a ticker says that the process lives, not that it moves.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+import torch
+
+from mistudio_schemas import ModelInfo, Phase
+from mistudio_train.messages import ChildMessage, Loaded, Progress, Warned
+
+INTERVAL = 0.5
+"""Seconds between two messages of the same phase."""
+TICK = 5.0
+"""Seconds between two signs of life from a long library call."""
+
+Send = Callable[[ChildMessage], None]
+
+
+class Reporter:
+    """Speaks over the pipe.
+
+    Args:
+        send: may be called from the ticker's thread too.
+
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._pipe, self._lock = send, threading.Lock()
+        self._phase: Phase = "accepting"
+        self._message = ""
+        self._share = (0.0, 0.0)
+        self._sent_at = float("-inf")
+        self._device: torch.device | None = None
+
+    def use(self, device: torch.device) -> None:
+        """Report this device's memory from now on."""
+        self._device = device
+
+    def enter(self, phase: Phase, message: str, share: tuple[float, float]) -> None:
+        """A phase begins, which is this part of the child's whole work."""
+        self._phase, self._message, self._share = phase, message, share
+        self.say(0.0)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to measure something and say it."""
+        return time.monotonic() - self._sent_at >= INTERVAL
+
+    def say(self, done: float, message: str | None = None, **figures: Any) -> None:
+        """The phase is done to this share; figures are `Progress` fields."""
+        self._message = message or self._message
+        self._sent_at = time.monotonic()
+        self._send(self._progress(done, moved=True, **figures))
+
+    def warn(self, message: str) -> None:
+        """Something that the requester should know."""
+        self._send(Warned(message))
+
+    def loaded(self, info: ModelInfo) -> None:
+        """The model is known."""
+        self._send(Loaded(info))
+
+    @contextmanager
+    def one_call(self) -> Iterator[None]:
+        """Around a library call that may take minutes and cannot report."""
+        ended = threading.Event()
+        began = time.monotonic()
+
+        def tick() -> None:
+            while not ended.wait(TICK):
+                message = f"{self._message} ({time.monotonic() - began:.0f} s)"
+                self._send(self._progress(0.0, moved=False, message=message))
+
+        ticker = threading.Thread(target=tick, name="ticker", daemon=True)
+        ticker.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            ticker.join()
+
+    def memory_peak_bytes(self) -> int:
+        """The most memory that the job has held: GPU memory, or the process' resident memory on a CPU."""
+        if self._device is not None and self._device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self._device)
+        return peak_resident_bytes()
+
+    def _progress(self, done: float, *, moved: bool, message: str | None = None, **figures: Any) -> Progress:
+        begin, end = self._share
+        return Progress(
+            phase=self._phase,
+            message=message or self._message,
+            progress=begin + (end - begin) * min(1.0, max(0.0, done)),
+            moved=moved,
+            device=None if self._device is None else str(self._device),
+            memory_allocated_bytes=self._memory_bytes(),
+            memory_peak_bytes=self.memory_peak_bytes(),
+            **figures,
+        )
+
+    def _memory_bytes(self) -> int:
+        if self._device is not None and self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device)
+        resident: int = psutil.Process().memory_info().rss
+        return resident
+
+    def _send(self, message: ChildMessage) -> None:
+        with self._lock:  # two threads must not mix their messages in the pipe
+            self._pipe(message)
+
+
+def peak_resident_bytes() -> int:
+    """The most resident memory that this process has had, VmHWM."""
+    with open("/proc/self/status") as status:  # noqa: PTH123
+        for line in status:
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return 0

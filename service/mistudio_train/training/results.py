@@ -1,0 +1,209 @@
+"""Writes the files of one trained SAE: the folder that readers find at the run's root, or under `saes/{name}/`.
+
+Brings the writers together; each file's format is its own module's.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from mistudio_schemas import CorpusInfo, ModelInfo, SAEResult, StandardSAE, TopKSAE
+
+from mistudio_train import __version__
+from mistudio_train.messages import JobSpec
+
+from .bundle import BundleInfo, write_bundle
+from .evaluate import Evaluation, OrderedRows
+from .features import write_features
+from .files import write_json
+from .fit import Fitted
+from .metadata import Described, Paths, metadata
+from .model_file import write_model_file
+from .reporter import Reporter
+from .saelens import Origin, write_saelens
+
+Config = StandardSAE | TopKSAE
+
+DECISIONS = {
+    "final_weights": "the weights after the last epoch; final_loss is that epoch's mean loss",
+    "early_stopping": "of the standard kind: an epoch's mean loss below min_loss, or ten epochs without a new lowest",
+    "dead_feature": "dead_features_count: above 1e-6 on no row; rarely_active_features_count: on less than 1% of rows",
+    "special_tokens": "those that the tokenizer adds are left out unless include_special_tokens",
+    "metrics_over": "all rows that the SAE was trained on",
+}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all SAEs of a job share."""
+
+    spec: JobSpec
+    info: ModelInfo
+    origin: Origin
+    """Of the primary SAE's site; layer and site are replaced for each."""
+    corpus: CorpusInfo
+    texts: Sequence[str]
+    memory_optimizations: dict[str, Any]
+    device: torch.device
+
+    @property
+    def mean_pooled(self) -> bool:
+        """Whether a row is a text."""
+        return self.spec.request.pooling == "mean"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written of one SAE."""
+
+    result: SAEResult
+    bundle: BundleInfo
+    training_results: dict[str, object]
+
+
+def write_result(
+    context: Context,
+    config: Config,
+    fitted: Fitted,
+    rows: OrderedRows,
+    origin: Origin,
+    place: str,
+    reporter: Reporter,
+    share: tuple[float, float],
+) -> Written:
+    """Evaluate the SAE on its rows and write all of its files.
+
+    Args:
+        context: of the job.
+        config: resolved.
+        fitted: the SAE.
+        rows: of its site.
+        origin: its site in SAELens' words.
+        place: its folder below the run's root, ending in `/`; empty for the primary SAE.
+        reporter: told how far it is.
+        share: of the whole work.
+
+    Raises:
+        ExportRefused: if a file would be wrong for its readers.
+        DiskFull: if the disk has no room.
+    """
+    middle = (share[0] + share[1]) / 2
+    folder = context.spec.output / place
+    folder.mkdir(parents=True, exist_ok=True)
+    reporter.enter("evaluating", f"evaluating {config.name}", (share[0], middle))
+    evaluation = Evaluation(fitted.sae, rows, context.device, lambda done: reporter.due and reporter.say(done))
+    bundle = _write_bundle(context, fitted, evaluation, folder)
+    reporter.enter("exporting", f"writing the files of {config.name}", (middle, share[1]))
+    if not context.mean_pooled or bundle.truncated:
+        about = {"pooling": context.spec.request.pooling, "model_name": context.info.model_name, "layer": origin.layer}
+        write_features(
+            folder / "features" / "activations.parquet",
+            evaluation.sparse_blocks(),
+            d_sae=fitted.sae.d_sae,
+            max_bytes=context.spec.bundle_max_bytes,
+            about=about,
+        )
+    result = _result(context, config, fitted, evaluation, origin, place)
+    statistics = evaluation.statistics.result()
+    rates_F = torch.tensor(statistics["feature_activation_rates"], dtype=torch.float64)
+    write_saelens(folder / "sae", fitted.sae, origin, rates_F)
+    settings = _settings(config, fitted)
+    results = _training_results(fitted, context)
+    info = context.info.model_copy(update={"selected_layer": origin.layer})
+    write_model_file(
+        folder / "sae_model.pt",
+        fitted.sae,
+        config=settings | context.spec.request.model_dump(mode="json", exclude={"huggingface_token", "sae", "saes"}),
+        training_stats=results,
+        sparsity_coeff=settings["sparsity_coeff"],
+        model_info=info.model_dump(mode="json"),
+        memory_optimizations=context.memory_optimizations,
+    )
+    described = Described(
+        job_id=context.spec.job_id,
+        run=context.spec.run,
+        attempt=context.spec.attempt,
+        version=__version__,
+        timestamp=datetime.now(UTC),
+        model_info=info,
+        corpus=context.corpus,
+        pooling=context.spec.request.pooling,
+        sae=result,
+        sae_config=settings,
+        feature_statistics=statistics,
+        bundle=bundle,
+        memory_optimizations=context.memory_optimizations,
+        paths=_paths(context.spec.uri_prefix + place),
+        training_results=results,
+        decisions=DECISIONS | _reinitialization(fitted),
+    )
+    write_json(folder / "metadata.json", metadata(described))
+    return Written(result, bundle, results)
+
+
+def _write_bundle(context: Context, fitted: Fitted, evaluation: Evaluation, folder: Path) -> BundleInfo:
+    blocks = evaluation.text_blocks(context.corpus.texts, mean_pooled=context.mean_pooled)
+    bundle = write_bundle(
+        folder / "feature_activations.pt",
+        blocks,
+        texts=context.texts,
+        total_rows=context.corpus.texts,
+        d_sae=fitted.sae.d_sae,
+        d_in=fitted.sae.d_in,
+        model_info=context.info.model_dump(mode="json"),
+        max_bytes=context.spec.bundle_max_bytes,
+        complete=context.spec.request.bundle_complete,
+        pooling=context.spec.request.pooling,
+    )
+    for _ in blocks:  # the statistics are of all rows, also of those that did not fit
+        pass
+    return bundle
+
+
+def _result(
+    context: Context, config: Config, fitted: Fitted, evaluation: Evaluation, origin: Origin, place: str
+) -> SAEResult:
+    return SAEResult(
+        name=config.name or config.kind,
+        kind=config.kind,
+        layer_number=origin.layer,
+        hook_site=origin.hook_site,
+        input_dim=fitted.sae.d_in,
+        feature_count=fitted.sae.d_sae,
+        epochs_trained=len(fitted.epochs),
+        steps=fitted.steps,
+        stop_reason=fitted.stop_reason,
+        metrics=evaluation.statistics.metrics(fitted.final_loss),
+        prefix=context.spec.uri_prefix + place,
+    )
+
+
+def _settings(config: Config, fitted: Fitted) -> dict[str, Any]:
+    """As requested, and over it as used."""
+    return {"sparsity_coeff": None} | config.model_dump(mode="json") | asdict(fitted.recipe)
+
+
+def _training_results(fitted: Fitted, context: Context) -> dict[str, object]:
+    return {
+        "losses": [epoch.loss for epoch in fitted.epochs],
+        "reconstruction_errors": [epoch.reconstruction_loss for epoch in fitted.epochs],
+        "sparsity_levels": [epoch.fraction_active for epoch in fitted.epochs],
+        "l0_levels": [epoch.l0 for epoch in fitted.epochs],
+        "reinitialized": [epoch.reinitialized for epoch in fitted.epochs],
+        "final_loss": fitted.final_loss,
+        "training_seconds": fitted.seconds,
+        "device": str(context.device),
+    }
+
+
+def _reinitialization(fitted: Fitted) -> dict[str, object]:
+    every = fitted.recipe.reinitialize_dead_every
+    rule = f"after every {every} epochs, none in the last ten; active on less than 1% of the epoch's rows"
+    return {"dead_features_reinitialized": rule if every else "never"}
+
+
+def _paths(uri: str) -> Paths:
+    return Paths(uri + "sae_model.pt", uri + "feature_activations.pt", uri + "metadata.json")

@@ -1,0 +1,159 @@
+"""The composition root: settings in, a FastStream application out. Nothing else creates a client or a slot."""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.errors import KafkaError
+from faststream import AckPolicy
+from faststream.asgi import AsgiFastStream
+from faststream.kafka import KafkaBroker, KafkaMessage
+from faststream.kafka.message import FAKE_CONSUMER
+from faststream.specification import AsyncAPI
+
+from mistudio_schemas import TrainCancelled, TrainCompleted, TrainFailed, TrainProgress, record_for
+from mistudio_train import SERVICE, __version__
+from mistudio_train.errors import StoreUnavailable
+from mistudio_train.gpu import list_gpus
+from mistudio_train.settings import Settings
+
+from . import http, kafka
+from .child_main import Job, train
+from .devices import Devices
+from .metrics import Metrics
+from .slots import Slot
+from .store import Store, open_store
+from .supervisor import Supervisor, backoff
+
+logger = logging.getLogger(__name__)
+
+HEARTBEAT_MS = 1000
+"""A member learns of a rebalance from its next heartbeat, so whoever joins waits this long."""
+NO_POLL_LIMIT_MS = 2**31 - 1
+"""A job may take days; that it moves is watched by its silence, not by the poll interval."""
+
+
+def build_app(settings: Settings, job: Job = train) -> AsgiFastStream:
+    """The worker's application, whose children do `job`. Nothing is connected before it starts."""
+    store, metrics, ready = open_store(settings), Metrics(), asyncio.Event()
+    broker = _broker(settings)
+    devices = Devices(list_gpus, settings.max_concurrent_jobs, settings.cuda_memory_fraction)
+
+    async def publish_progress(event: TrainProgress) -> None:
+        record = record_for(event, source=settings.event_source, topics=settings.topics)
+        headers = {name: value.decode() for name, value in record.headers}
+        await broker.publish(record.value, record.topic, key=record.key, headers=headers)
+
+    supervisor = Supervisor(settings, store, devices, metrics, publish_progress, job)
+    slots = [Slot(number, supervisor, ready) for number in range(settings.max_concurrent_jobs)]
+    for slot in slots:
+        _subscribe(broker, slot, settings)
+    _describe_outputs(broker, settings)
+
+    async def prepare() -> None:
+        await prepare_outside(settings, store)
+
+    async def stop_jobs() -> None:
+        await asyncio.gather(*(slot.stop() for slot in slots))
+
+    async def begin() -> None:
+        ready.set()
+        logger.info("ready: %s reads %s", settings.worker_id, settings.topics.requested)
+
+    return AsgiFastStream(
+        broker,
+        asgi_routes=http.routes(store, slots, metrics, list_gpus),
+        asyncapi_path="/asyncapi",
+        specification=AsyncAPI(title=SERVICE, version=__version__),
+        on_startup=[prepare],
+        after_startup=[begin],
+        on_shutdown=[stop_jobs],
+    )
+
+
+async def prepare_outside(settings: Settings, store: Store) -> None:
+    """Topics and bucket, created where they are missing; waits for a broker or a store that is not up yet."""
+    for delay in backoff():
+        try:
+            await kafka.ensure_topics(settings)
+            return await asyncio.to_thread(store.ensure)
+        except (KafkaError, StoreUnavailable, OSError) as error:
+            logger.warning(
+                "waiting for Kafka and the store: %s: %s; again in %.0f s", type(error).__name__, error, delay
+            )
+            await asyncio.sleep(delay)
+    raise AssertionError("backoff has no end")
+
+
+async def serve(settings: Settings) -> None:
+    """Run the worker until it is told to stop."""
+    options: dict[str, Any] = {"host": settings.api_host, "port": settings.api_port, "log_config": None}
+    await build_app(settings).run(log_level=logging.WARNING, run_extra_options=options)
+
+
+def _broker(settings: Settings) -> KafkaBroker:
+    return KafkaBroker(
+        settings.kafka_bootstrap_servers.split(","),
+        security=kafka.faststream_security(settings),
+        acks="all",
+        max_request_size=kafka.MAX_MESSAGE_BYTES,
+        allow_auto_create_topics=False,
+        client_id=settings.worker_id,
+    )
+
+
+def _subscribe(broker: KafkaBroker, slot: Slot, settings: Settings) -> None:
+    """Give the slot a group member of its own. Bytes reach it as they are: what they mean, `intake` decides."""
+    subscriber = broker.subscriber(
+        settings.topics.requested,
+        group_id=settings.kafka_group_id,
+        auto_offset_reset="earliest",
+        ack_policy=AckPolicy.MANUAL,
+        no_reply=True,
+        max_poll_interval_ms=NO_POLL_LIMIT_MS,
+        rebalance_timeout_ms=60_000,
+        session_timeout_ms=settings.kafka_session_timeout_ms,
+        heartbeat_interval_ms=min(HEARTBEAT_MS, settings.kafka_session_timeout_ms // 3),
+        max_partition_fetch_bytes=kafka.MAX_MESSAGE_BYTES,
+        partition_assignment_strategy=[RoundRobinPartitionAssignor],
+        listener=slot,
+        parser=_raw_message,
+        decoder=_raw_value,
+        title=f"train.requested, slot {slot.number}",
+        description="A TrainRequested event (schemas/json/train.requested.v1.json).",
+    )
+
+    @subscriber
+    async def on_message(body: Any, message: KafkaMessage) -> None:
+        consumer: Any = subscriber.consumer
+        await slot.on_message(message.raw_message, consumer)
+
+
+async def _raw_message(record: Any, original: Any = None) -> KafkaMessage:
+    """The record without any decoding, which hostile bytes could fail before we can dead-letter them."""
+    return KafkaMessage(
+        body=record.value or b"",
+        headers={},
+        raw_message=record,
+        message_id=f"{record.topic}-{record.partition}-{record.offset}",
+        consumer=FAKE_CONSUMER,  # the slot uses its subscriber's
+    )
+
+
+async def _raw_value(message: Any, original: Any = None) -> bytes:
+    return bytes(message.body)
+
+
+def _describe_outputs(broker: KafkaBroker, settings: Settings) -> None:
+    """For the AsyncAPI page."""
+    topics = settings.topics
+    outputs: Sequence[tuple[str, type]] = (
+        (topics.progress, TrainProgress),
+        (topics.completed, TrainCompleted),
+        (topics.failed, TrainFailed),
+        (topics.cancelled, TrainCancelled),
+    )
+    for topic, schema in outputs:
+        broker.publisher(topic, schema=schema, title=topic)

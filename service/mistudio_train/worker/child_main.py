@@ -1,0 +1,72 @@
+"""The child's first function. Before anything heavy is imported it takes over its streams and watches its parent.
+
+Owns the process, not the work: that is `train`, whose import is the one step from `worker` into `training`.
+"""
+
+import logging
+import os
+import threading
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from mistudio_schemas import ErrorCode
+from mistudio_train.errors import JobError
+from mistudio_train.logs import setup_logging
+from mistudio_train.messages import ChildMessage, Failed, Finished, JobSpec
+
+Job = Callable[[JobSpec, Callable[[ChildMessage], None]], Finished]
+"""The work: takes the job's spec and a way to speak, returns the last word or raises."""
+
+TRACEBACK_LINES = 20
+ORPHANED = 83
+"""Exit status of a child whose parent has gone."""
+
+
+def child_main(spec: JobSpec, messages: Connection, alive: Connection, stderr: Connection, job: Job) -> None:
+    """Run one job and end.
+
+    Args:
+        messages: where `ChildMessage`s go; its last one is `Finished` or `Failed`.
+        alive: never carries anything; its end means that the parent is gone.
+        stderr: takes the place of both standard streams, so that the parent can keep the last lines.
+        job: what to do.
+
+    """
+    for stream in (1, 2):
+        os.dup2(stderr.fileno(), stream)
+    os.setpgid(0, 0)  # the terminal's Ctrl-C is for the parent; it decides what happens to us
+    threading.Thread(target=_exit_with_parent, args=(alive,), name="parent-watch", daemon=True).start()
+    setup_logging(spec.logging)
+    try:
+        messages.send(_run(job, spec, messages))
+    except BrokenPipeError:
+        os._exit(ORPHANED)
+
+
+def train(spec: JobSpec, send: Callable[[ChildMessage], None]) -> Finished:
+    """The job that every worker's child does: the one step from `worker` into `training`."""
+    from mistudio_train.training.run import run_job
+
+    return run_job(spec, send)
+
+
+def _run(job: Job, spec: JobSpec, messages: Connection) -> ChildMessage:
+    try:
+        return job(spec, messages.send)
+    except BrokenPipeError:
+        raise
+    except JobError as error:
+        return Failed(error.code, str(error), error.hint, error.retryable)
+    except BaseException as error:
+        logging.getLogger(__name__).exception("the job failed unexpectedly")
+        lines = "".join(traceback.format_exception(error)).splitlines()[-TRACEBACK_LINES:]
+        hint = "This is a defect of the worker or of a library; the traceback says where."
+        return Failed(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}", hint, False, lines)
+
+
+def _exit_with_parent(alive: Connection) -> None:
+    try:
+        alive.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(ORPHANED)

@@ -1,0 +1,241 @@
+"""One message's end: a record and the input offset, both or neither. Knows no job; see docs/architecture.md.
+
+The pattern is a transactional producer a partition, `{group}.{topic}.{partition}`: starting one fences whoever had the
+partition before and ends what it left open. A commit counts as done only when the committed offset reads back; after
+any error the outcome is unknown, and is looked up.
+"""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaError, KafkaTimeoutError
+from aiokafka.partitioner import DefaultPartitioner
+from aiokafka.structs import OffsetAndMetadata
+
+from mistudio_schemas import KafkaRecord, header
+from mistudio_train.settings import Settings
+
+from . import kafka
+
+logger = logging.getLogger(__name__)
+
+READ_BACK_SECONDS = 10.0
+RETRY_SECONDS = (0.2, 1.0, 2.0, 5.0, 10.0)
+
+
+class PartitionLost(Exception):
+    """The group has given the partition to another worker: stop, and write nothing more."""
+
+
+class Group(Protocol):
+    """What a delivery needs of the group's consumer (aiokafka's has it)."""
+
+    def assignment(self) -> frozenset[TopicPartition]:
+        """The partitions that are ours now."""
+        ...
+
+    async def committed(self, partition: TopicPartition) -> int | None:
+        """The group's committed offset."""
+        ...
+
+    async def commit(self, offsets: dict[TopicPartition, OffsetAndMetadata]) -> None:
+        """Commit offsets, without a transaction."""
+        ...
+
+    def seek(self, partition: TopicPartition, offset: int) -> None:
+        """Read on from there."""
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a terminal event will lie: look for it from `end_offset` on."""
+
+    topic: str
+    partition: int
+    end_offset: int
+
+
+class Delivery:
+    """The way of one message to its end, as an async context manager.
+
+    Args:
+        group: the consumer that delivered the message.
+        offset: the message's.
+
+    """
+
+    def __init__(self, settings: Settings, group: Group, source: TopicPartition, offset: int) -> None:
+        self._settings, self._group, self._source, self._offset = settings, group, source, offset
+        self._id = f"{settings.kafka_group_id}.{source.topic}.{source.partition}"
+        self._producer: AIOKafkaProducer | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._fresh_producer()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._close_producer()
+
+    async def is_done(self) -> bool:
+        """Whether the group has already passed this message; right only once the producer has started."""
+        committed = await self._group.committed(self._source)
+        return committed is not None and committed > self._offset
+
+    async def place(self, record: KafkaRecord) -> Place:
+        """The partition that `record` will go to and its present end; note it before `finish`."""
+        partitions = sorted(await self._require_producer().partitions_for(record.topic))
+        partition = DefaultPartitioner()(record.key, partitions, partitions)
+        where = TopicPartition(record.topic, partition)
+        reader = kafka.reader(self._settings)
+        await reader.start()
+        try:
+            return Place(record.topic, partition, (await reader.end_offsets([where]))[where])
+        finally:
+            await reader.stop()
+
+    async def finish(self, record: KafkaRecord, place: Place, *, look_first: bool = False) -> None:
+        """Publish `record` and pass the message, exactly once (at least once without transactions).
+
+        Waits for a broker that is away for as long as the partition is ours.
+
+        Args:
+            look_first: somebody may have published the record already, from `place` on.
+
+        Raises:
+            PartitionLost: if the partition is no longer ours; whoever has it finds what we left.
+
+        """
+        if look_first:
+            await self._close_producer()
+        tries = 0
+        while not await self._try_to_finish(record, place):
+            self._require_partition()
+            delay = RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)]
+            logger.warning("the end of %s is not confirmed; looking again in %.1f s", self._id, delay)
+            await asyncio.sleep(delay)
+            tries += 1
+        self._read_on()
+
+    async def pass_by(self) -> None:
+        """The message needs no record (any more): only move past it."""
+        self._read_on()
+
+    async def _try_to_finish(self, record: KafkaRecord, place: Place) -> bool:
+        try:
+            if self._producer is None:
+                self._require_partition()  # else a zombie would fence the owner
+                await self._fresh_producer()
+                if await self.is_done():
+                    return True
+                if self._settings.kafka_transactions:
+                    await self._unblock(place)
+                published = await self.is_published(record, place)
+            else:
+                published = False
+            self._require_partition()
+            await self._commit(None if published else record, place)
+            return await self._reads_back()
+        except (KafkaError, KafkaTimeoutError, AssertionError, ConnectionError, TimeoutError) as error:
+            # aiokafka raises AssertionError from a producer that an earlier error has killed
+            logger.warning("unknown outcome on %s: %s", self._id, type(error).__name__)
+            await self._close_producer()
+            return False
+
+    async def _commit(self, record: KafkaRecord | None, place: Place) -> None:
+        """One short transaction: the record, and the offset behind the message."""
+        offsets = {self._source: OffsetAndMetadata(self._offset + 1, "")}
+        producer = self._require_producer()
+        if not self._settings.kafka_transactions:
+            if record is not None:
+                await self._send(producer, record, place)
+            await self._group.commit(offsets)
+            return
+        await producer.begin_transaction()
+        if record is not None:
+            await self._send(producer, record, place)
+        await producer.send_offsets_to_transaction(offsets, self._settings.kafka_group_id)
+        await producer.commit_transaction()
+
+    @staticmethod
+    async def _send(producer: AIOKafkaProducer, record: KafkaRecord, place: Place) -> None:
+        await producer.send_and_wait(
+            record.topic, record.value, key=record.key, partition=place.partition, headers=record.headers
+        )
+
+    async def _reads_back(self) -> bool:
+        """Whether the committed offset is there; a commit's answer alone can be lost with its broker."""
+        try:
+            async with asyncio.timeout(READ_BACK_SECONDS):
+                while not await self.is_done():  # noqa: ASYNC110 - only the broker knows
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            await self._close_producer()
+            return False
+        return True
+
+    async def is_published(self, record: KafkaRecord, place: Place) -> bool:
+        """Whether the committed record lies at the place, whichever worker put it there."""
+        where = TopicPartition(place.topic, place.partition)
+        reader = kafka.reader(self._settings)
+        await reader.start()
+        try:
+            reader.assign([where])
+            reader.seek(where, place.end_offset)
+            end = (await reader.end_offsets([where]))[where]
+            while await reader.position(where) < end:
+                batch = await reader.getmany(where, timeout_ms=500)
+                if any(_identity(found.headers) == _identity(record.headers) for found in batch.get(where, [])):
+                    return True
+            return False
+        finally:
+            await reader.stop()
+
+    async def _unblock(self, place: Place) -> None:
+        """One aborted record: ends a transaction whose markers a dead broker has lost, so that readers go on."""
+        producer = self._require_producer()
+        await producer.begin_transaction()
+        await producer.send_and_wait(place.topic, None, key=b"aborted", partition=place.partition)
+        await producer.abort_transaction()
+
+    async def _fresh_producer(self) -> None:
+        producer = kafka.producer(self._settings, self._id if self._settings.kafka_transactions else None)
+        try:
+            await producer.start()
+        except BaseException:
+            await producer.stop()
+            raise
+        self._producer = producer
+
+    async def _close_producer(self) -> None:
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            try:
+                await asyncio.wait_for(producer.stop(), 5)
+            except (KafkaError, TimeoutError, AssertionError) as error:
+                logger.debug("closing %s: %s", self._id, type(error).__name__)
+
+    def _require_producer(self) -> AIOKafkaProducer:
+        if self._producer is None:
+            raise KafkaTimeoutError("no producer")
+        return self._producer
+
+    def _require_partition(self) -> None:
+        if self._source not in self._group.assignment():
+            raise PartitionLost(f"{self._source.topic}-{self._source.partition}")
+
+    def _read_on(self) -> None:
+        """A rebalance that kept the partition may have put the position back; else the job would run twice."""
+        if self._source in self._group.assignment():
+            self._group.seek(self._source, self._offset + 1)
+
+
+def _identity(headers: Iterable[tuple[str, bytes]]) -> tuple[str | None, ...]:
+    """What makes a terminal event or a dead letter the same one, published by whomever."""
+    newest_first = list(headers)[::-1]
+    names = ("ce_id", *(f"kafka_dlt-original-{part}" for part in ("topic", "partition", "offset")))
+    return tuple(header(newest_first, name) for name in names)

@@ -1,0 +1,180 @@
+"""How to reach the broker, and the topics as the design wants them. Knows no job.
+
+FastStream is the bus; the raw clients here are for what it has not: transactions, offsets, binary headers, admin.
+"""
+
+import logging
+import ssl
+from dataclasses import dataclass
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaError, for_code
+from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
+
+from mistudio_train.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+DAY_MS = 24 * 3600 * 1000
+MAX_MESSAGE_BYTES = 10 * 1024 * 1024
+
+
+def ssl_context(settings: Settings) -> ssl.SSLContext | None:
+    """The TLS settings; `None` when the listener is plain text."""
+    if "SSL" not in settings.kafka_security_protocol:
+        return None
+    context = ssl.create_default_context(cafile=settings.kafka_ssl_cafile)
+    if settings.kafka_ssl_certfile:
+        context.load_cert_chain(settings.kafka_ssl_certfile, settings.kafka_ssl_keyfile)
+    return context
+
+
+def client_options(settings: Settings) -> dict[str, Any]:
+    """Keyword arguments of every aiokafka client."""
+    options: dict[str, Any] = {
+        "bootstrap_servers": settings.kafka_bootstrap_servers,
+        "security_protocol": settings.kafka_security_protocol,
+        "ssl_context": ssl_context(settings),
+    }
+    if settings.kafka_security_protocol.startswith("SASL"):
+        options |= {
+            "sasl_mechanism": settings.kafka_sasl_mechanism,
+            "sasl_plain_username": settings.kafka_sasl_username,
+            "sasl_plain_password": _sasl_password(settings),
+        }
+    return options
+
+
+def faststream_security(settings: Settings) -> BaseSecurity | None:
+    """The same for FastStream's broker."""
+    context = ssl_context(settings)
+    if settings.kafka_security_protocol == "PLAINTEXT":
+        return None
+    if settings.kafka_security_protocol == "SSL":
+        return BaseSecurity(ssl_context=context, use_ssl=True)
+    kinds = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
+    return kinds[settings.kafka_sasl_mechanism](
+        username=settings.kafka_sasl_username or "",
+        password=_sasl_password(settings),
+        ssl_context=context,
+        use_ssl=context is not None,
+    )
+
+
+def _sasl_password(settings: Settings) -> str:
+    return settings.kafka_sasl_password.get_secret_value() if settings.kafka_sasl_password else ""
+
+
+def producer(settings: Settings, transactional_id: str | None = None) -> AIOKafkaProducer:
+    """An idempotent producer; with a transactional id, starting it fences every earlier one of that id."""
+    return AIOKafkaProducer(
+        **client_options(settings),
+        transactional_id=transactional_id,
+        enable_idempotence=settings.kafka_transactions,
+        acks="all",
+        max_request_size=MAX_MESSAGE_BYTES,
+    )
+
+
+def reader(settings: Settings) -> AIOKafkaConsumer:
+    """A consumer outside every group that sees only what was committed."""
+    return AIOKafkaConsumer(
+        **client_options(settings),
+        group_id=None,
+        enable_auto_commit=False,
+        isolation_level="read_committed",
+        max_partition_fetch_bytes=MAX_MESSAGE_BYTES,
+    )
+
+
+@dataclass(frozen=True)
+class TopicPlan:
+    """How a topic should be."""
+
+    name: str
+    partitions: int
+    config: dict[str, str]
+
+
+def topic_plans(settings: Settings) -> list[TopicPlan]:
+    """The topics with the partitions, retention and clean-up of the design."""
+    names = settings.topics
+    year = {"cleanup.policy": "delete", "retention.ms": str(365 * DAY_MS), "max.message.bytes": str(MAX_MESSAGE_BYTES)}
+    month = year | {"retention.ms": str(30 * DAY_MS)}
+    return [
+        TopicPlan(names.requested, settings.kafka_request_partitions, year),
+        TopicPlan(names.control, 1, year),
+        TopicPlan(names.progress, 8, month | {"cleanup.policy": "compact,delete"}),
+        TopicPlan(names.completed, 8, year),
+        TopicPlan(names.failed, 8, year),
+        TopicPlan(names.cancelled, 8, year),
+        TopicPlan(names.dead_letter, 1, month),
+    ]
+
+
+async def ensure_topics(settings: Settings) -> list[str]:
+    """Create the topics that are missing; say where one that exists differs. Returns the names created.
+
+    Raises:
+        KafkaError: if the broker does not answer or does not allow it.
+
+    """
+    admin = AIOKafkaAdminClient(**client_options(settings))
+    await admin.start()
+    try:
+        existing = set(await admin.list_topics())
+        plans = topic_plans(settings)
+        missing = [plan for plan in plans if plan.name not in existing]
+        if missing:
+            await _create(admin, missing, settings)
+        await _report_differences(admin, [plan for plan in plans if plan.name in existing])
+        return [plan.name for plan in missing]
+    finally:
+        await admin.close()
+
+
+async def _create(admin: AIOKafkaAdminClient, plans: list[TopicPlan], settings: Settings) -> None:
+    brokers = len((await admin.describe_cluster())["brokers"])
+    copies = settings.kafka_replication_factor or min(3, brokers)
+    response = await admin.create_topics(
+        [NewTopic(plan.name, plan.partitions, copies, topic_configs=plan.config) for plan in plans]
+    )
+    for name, code, *_ in response.topic_errors:
+        error = for_code(code)
+        if error.errno == 36:  # another worker was first
+            continue
+        if code:
+            raise error(f"cannot create the topic {name}")
+        logger.info("created topic %s", name)
+
+
+async def _report_differences(admin: AIOKafkaAdminClient, plans: list[TopicPlan]) -> None:
+    if not plans:
+        return
+    try:
+        described = {topic["topic"]: topic for topic in await admin.describe_topics([plan.name for plan in plans])}
+        resources = [ConfigResource(ConfigResourceType.TOPIC, plan.name) for plan in plans]
+        responses = await admin.describe_configs(resources)
+    except (KafkaError, NotImplementedError) as error:
+        logger.info("this broker does not describe its topics (%s); they are used as they are", type(error).__name__)
+        return
+    actual = {
+        resource[3]: {entry[0]: entry[1] for entry in resource[4]}
+        for response in responses
+        for resource in response.resources
+    }
+    for plan in plans:
+        for difference in _differences(plan, len(described[plan.name]["partitions"]), actual.get(plan.name, {})):
+            logger.warning("topic %s differs: %s", plan.name, difference)
+
+
+def _differences(plan: TopicPlan, partitions: int, actual: dict[str, str]) -> list[str]:
+    found = [] if partitions >= plan.partitions else [f"it has {partitions} partitions, {plan.partitions} are wanted"]
+    for key, wanted in plan.config.items():
+        have = actual.get(key)
+        if have is not None and set(have.split(",")) != set(wanted.split(",")):
+            found.append(f"{key} is {have}, {wanted} is wanted")
+    return found

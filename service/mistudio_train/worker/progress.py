@@ -1,0 +1,84 @@
+"""A job's progress events: at most one a second, the latest always, and nothing that nobody said.
+
+There is no heartbeat of the parent's own: while the child is silent, so is the topic, and a hung job looks hung.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import Any
+
+from mistudio_schemas import TrainProgress
+from mistudio_train.messages import ChildMessage, Loaded, Progress, Warned
+
+logger = logging.getLogger(__name__)
+
+MIN_INTERVAL = 1.0
+CHILD_SHARE = 0.9
+"""Of a job's progress that is the child's; the rest is fetching, uploading and publishing."""
+
+
+class ProgressFeed:
+    """Gathers what is known of a running job and publishes it.
+
+    Args:
+        publish: sends one event; its failure is logged and forgotten, progress never fails a job.
+        first: the job's first event; later ones repeat what is still true of it.
+
+    """
+
+    def __init__(self, publish: Callable[[TrainProgress], Awaitable[None]], first: TrainProgress) -> None:
+        self._publish = publish
+        self._state = first.model_dump(exclude={"time"})
+        self._sent_at = float("-inf")
+        self._unsaid = False
+        self._speaking: asyncio.Task[None] | None = None
+        self.say()
+
+    @property
+    def current(self) -> TrainProgress:
+        """How the job stands now."""
+        return TrainProgress.model_validate(self._state)
+
+    def say(self, **changes: Any) -> None:
+        """Something has changed; it is published now, or when a second has passed since the last time."""
+        self._state |= changes
+        self._unsaid = True
+        if self._speaking is None or self._speaking.done():
+            self._speaking = asyncio.create_task(self._speak())
+
+    def hear(self, message: ChildMessage) -> None:
+        """The child has spoken."""
+        match message:
+            case Progress():
+                said = asdict(message)
+                del said["moved"]
+                known = {key: value for key, value in said.items() if value is not None or key == "current_loss"}
+                self._state |= {"step": None, "total_steps": None, "tokens_done": None, "tokens_per_second": None}
+                self._state["estimated_time_remaining"] = None
+                self.say(**known | {"progress": min(1.0, message.progress) * CHILD_SHARE})
+            case Loaded():
+                self.say(model_info=message.model_info.model_dump())
+            case Warned():
+                self.say(warnings=[*self._state["warnings"], message.message])
+            case _:
+                pass
+
+    async def close(self, **changes: Any) -> None:
+        """The last word; returns when it is published."""
+        self.say(**changes)
+        if self._speaking is not None:
+            await self._speaking
+
+    async def _speak(self) -> None:
+        while self._unsaid:
+            loop = asyncio.get_running_loop()
+            await asyncio.sleep(max(0.0, self._sent_at + MIN_INTERVAL - loop.time()))
+            self._sent_at, self._unsaid = loop.time(), False
+            event = self.current
+            self._state["unknown_fields"] = []  # named once, in the first event
+            try:
+                await self._publish(event)
+            except Exception as error:
+                logger.warning("progress of %s was not published: %s", event.job_id, type(error).__name__)

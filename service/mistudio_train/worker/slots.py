@@ -1,0 +1,74 @@
+"""A slot: one member of the consumer group that runs one job at a time. Joins FastStream's loop to the supervisor."""
+
+import asyncio
+import logging
+from collections.abc import Iterable
+
+from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+
+from .delivery import Group
+from .intake import Message
+from .supervisor import Supervisor
+
+logger = logging.getLogger(__name__)
+
+
+class Slot(ConsumerRebalanceListener):  # type: ignore[misc]
+    """Runs messages one after another; a partition that the group gives away takes its job with it.
+
+    Args:
+        ready: set when all slots of this worker have joined; a job begun before would be moved by the next join.
+
+    """
+
+    def __init__(self, number: int, supervisor: Supervisor, ready: asyncio.Event) -> None:
+        self.number, self._supervisor, self._ready = number, supervisor, ready
+        self.assigned: frozenset[TopicPartition] | None = None
+        self._busy: TopicPartition | None = None
+        self._job: asyncio.Task[None] | None = None
+
+    async def on_message(self, record: ConsumerRecord, group: Group) -> None:
+        """FastStream's handler; it returns when the message has ended or is no longer ours."""
+        await self._ready.wait()
+        self._busy = TopicPartition(record.topic, record.partition)
+        if self._busy not in group.assignment():
+            return
+        self._job = asyncio.create_task(self._supervisor.handle(as_message(record), group))
+        try:
+            await asyncio.shield(self._job)
+        except asyncio.CancelledError:
+            await self.stop()
+            if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise
+        finally:
+            self._job = self._busy = None
+
+    async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
+        """Every rebalance names every partition here; only `on_partitions_assigned` tells which ones stay."""
+
+    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        """After a rebalance: a job whose partition is gone stops before anything is written."""
+        self.assigned = frozenset(assigned)
+        logger.info("slot %d has %d partitions", self.number, len(self.assigned))
+        if self._job is not None and self._busy not in self.assigned:
+            logger.warning("slot %d has lost %s; its job stops here", self.number, self._busy)
+            self._job.cancel()
+
+    async def stop(self) -> None:
+        """End the running job's process; nothing is committed, so the job is delivered again."""
+        if self._job is not None:
+            self._job.cancel()
+            await asyncio.gather(self._job, return_exceptions=True)
+
+
+def as_message(record: ConsumerRecord) -> Message:
+    """The record without its client."""
+    return Message(
+        record.topic,
+        record.partition,
+        record.offset,
+        record.timestamp,
+        record.key,
+        record.value,
+        tuple(record.headers),
+    )

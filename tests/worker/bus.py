@@ -1,0 +1,90 @@
+"""For tests: a worker's application that runs, a client that publishes to it, and a reader of what it says."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, ConsumerRecord
+
+from mistudio_schemas import Contract, parse_event
+from mistudio_train.settings import Settings
+from mistudio_train.worker import kafka
+from mistudio_train.worker.app import build_app
+from mistudio_train.worker.child_main import Job, train
+
+
+@asynccontextmanager
+async def running_worker(settings: Settings, job: Job = train) -> AsyncIterator[None]:
+    """The worker, until the block ends; its HTTP port is not served."""
+    app = build_app(settings, job)
+    async with app.start_lifespan_context():
+        yield
+
+
+async def publish(settings: Settings, *records: dict[str, Any]) -> None:
+    """Send records, each with the keyword arguments of aiokafka's `send`."""
+    await kafka.ensure_topics(settings)
+    producer = kafka.producer(settings)
+    await producer.start()
+    try:
+        for record in records:
+            await producer.send_and_wait(**record)
+    finally:
+        await producer.stop()
+
+
+class Reader:
+    """Reads topics from their beginning, committed records only, and keeps all."""
+
+    def __init__(self, consumer: AIOKafkaConsumer) -> None:
+        self._consumer = consumer
+        self.records: list[ConsumerRecord] = []
+
+    async def until(self, enough: Callable[[list[ConsumerRecord]], bool], seconds: float = 120) -> list[ConsumerRecord]:
+        """Read on until the records are enough."""
+        async with asyncio.timeout(seconds):
+            while not enough(self.records):
+                self.records.append(await self._consumer.getone())
+        return self.records
+
+    async def of(self, topic: str, count: int, seconds: float = 120) -> list[ConsumerRecord]:
+        """The first `count` records of one topic."""
+
+        def there() -> list[ConsumerRecord]:
+            return [record for record in self.records if record.topic == topic]
+
+        await self.until(lambda _: len(there()) >= count, seconds)
+        return there()
+
+    async def drained(self) -> list[ConsumerRecord]:
+        """Everything that is there by now."""
+        ends = await self._consumer.end_offsets(self._consumer.assignment())
+        for partition, end in ends.items():
+            while await self._consumer.position(partition) < end:
+                batch = await self._consumer.getmany(timeout_ms=200)
+                self.records += [record for records in batch.values() for record in records]
+        return self.records
+
+
+@asynccontextmanager
+async def reading(settings: Settings, *topics: str) -> AsyncIterator[Reader]:
+    """A reader of these topics, which are created if missing."""
+    await kafka.ensure_topics(settings)
+    consumer = AIOKafkaConsumer(
+        *topics,
+        **kafka.client_options(settings),
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        max_partition_fetch_bytes=kafka.MAX_MESSAGE_BYTES,
+    )
+    await consumer.start()
+    try:
+        yield Reader(consumer)
+    finally:
+        await consumer.stop()
+
+
+def events(records: list[ConsumerRecord]) -> list[Contract]:
+    """The events in records."""
+    return [parse_event(record.value, record.headers) for record in records]

@@ -1,0 +1,102 @@
+"""What a child may do to its parent, each a job in a few lines, run by real child processes."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+from mistudio_schemas import CorpusInfo, ModelInfo, SAEMetrics, SAEResult
+from mistudio_train.errors import CorpusRefused
+from mistudio_train.messages import ChildMessage, Finished, JobSpec, Progress
+
+Send = Callable[[ChildMessage], None]
+
+
+def finished() -> Finished:
+    metrics = SAEMetrics(
+        final_loss=0.5,
+        mse=0.4,
+        fvu=0.3,
+        explained_variance=0.7,
+        cosine=0.9,
+        l0=3.0,
+        fraction_active=0.1,
+        dead_share=0.0,
+    )
+    sae = SAEResult(
+        name="standard-0",
+        kind="standard",
+        layer_number=1,
+        hook_site="resid_post",
+        input_dim=4,
+        feature_count=64,
+        epochs_trained=2,
+        steps=10,
+        stop_reason="max_epochs",
+        metrics=metrics,
+        prefix="s3://b/p/",
+    )
+    info = ModelInfo(
+        model_name="m",
+        actual_model_loaded="m",
+        architecture="gpt2",
+        total_layers=2,
+        selected_layer=1,
+        hidden_size=4,
+        vocab_size=10,
+        requires_token=False,
+    )
+    corpus = CorpusInfo(texts=3, tokens=9, rows=3, sha256="0" * 64)
+    return Finished(info, corpus, [sae], {"final_loss": 0.5}, 3, "cpu", 1)
+
+
+def works(spec: JobSpec, send: Send) -> Finished:
+    send(Progress("training", "half way", 0.5, current_loss=1.0, step=5, total_steps=10))
+    spec.output.mkdir(parents=True)
+    for name in ("sae_model.pt", "feature_activations.pt", "metadata.json"):
+        (spec.output / name).write_bytes(name.encode())
+    return finished()
+
+
+def hangs(spec: JobSpec, send: Send) -> Finished:
+    send(Progress("training", "about to hang", 0.1))
+    threading.Event().wait()
+    return finished()
+
+
+def murmurs(spec: JobSpec, send: Send) -> Finished:
+    """Says that it is alive, and never moves."""
+    while True:
+        send(Progress("extracting", "still there", 0.1, moved=False))
+        threading.Event().wait(0.02)
+
+
+def killed(spec: JobSpec, send: Send) -> Finished:
+    print("the last line before the end", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+    return finished()
+
+
+def exits(spec: JobSpec, send: Send) -> Finished:
+    os._exit(3)
+
+
+def refuses(spec: JobSpec, send: Send) -> Finished:
+    raise CorpusRefused("line 3 is no UTF-8", "Save the file as UTF-8.")
+
+
+def raises(spec: JobSpec, send: Send) -> Finished:
+    raise RuntimeError(f"a library's error that repeats {spec.token}")
+
+
+def shows_token(spec: JobSpec, send: Send) -> Finished:
+    print(f"token={spec.token}", file=sys.stderr, flush=True)
+    return finished()
+
+
+def outlives(spec: JobSpec, send: Send) -> Finished:
+    """Says its process id and waits for ever: for a parent that dies."""
+    send(Progress("training", str(os.getpid()), 0.1))
+    threading.Event().wait()
+    return finished()

@@ -1,0 +1,168 @@
+"""The worker's application on a real Kafka and a real MinIO, with children that work, refuse, die and stall."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mistudio_schemas import ErrorCode, TrainCompleted, TrainFailed, TrainProgress, TrainRequested, header, record_for
+from mistudio_train.settings import Settings
+from mistudio_train.worker.child_main import Job
+from mistudio_train.worker.store import open_store
+
+from . import jobs
+from .bus import events, publish, reading, running_worker
+
+TOKEN = "hf_secret_token_of_a_requester"
+
+
+@pytest.fixture
+def settings(worker_settings: Settings) -> Settings:
+    samples = worker_settings.data_path / "samples"
+    samples.mkdir(parents=True)
+    (samples / "corpus.txt").write_text("one\ntwo\nthree\n")
+    return worker_settings
+
+
+def request(job_id: str, settings: Settings, **fields: Any) -> dict[str, Any]:
+    asked = TrainRequested.model_validate({"model_name": "m", "corpus_file": "corpus.txt", "job_id": job_id} | fields)
+    return record_for(asked, source="/test", topics=settings.topics).as_dict()
+
+
+async def ends_of(settings: Settings, job: Job, count: int, *records: dict[str, Any]) -> list[Any]:
+    """The first `count` terminal events of a worker that gets these records."""
+    topics = settings.topics
+    await publish(settings, *records)
+    async with running_worker(settings, job), reading(settings, topics.completed, topics.failed) as reader:
+        return events(await reader.until(lambda found: len(found) >= count))
+
+
+async def test_a_job_ends_in_a_completed_event_that_names_every_object(settings: Settings) -> None:
+    (done,) = await ends_of(settings, jobs.works, 1, request("job-1", settings))
+    assert isinstance(done, TrainCompleted)
+    assert (done.job_id, done.run, done.attempt, done.worker) == ("job-1", 1, 1, settings.worker_id)
+    prefix = f"s3://{settings.minio_bucket}/jobs/job-1/runs/1/a1/"
+    assert done.model_path == prefix + "sae_model.pt"
+    assert sorted(artifact.name for artifact in done.artifacts) == [
+        "feature_activations.pt",
+        "metadata.json",
+        "sae_model.pt",
+    ]
+    store = open_store(settings)
+    data, _ = store.get_bytes(done.manifest.key)
+    assert {one["key"] for one in json.loads(data)["objects"]} == {artifact.key for artifact in done.artifacts}
+    assert not any(settings.workspaces.iterdir())
+
+
+async def test_progress_goes_up_and_its_latest_event_says_how_the_job_ended(settings: Settings) -> None:
+    topics = settings.topics
+    await publish(settings, request("job-1", settings))
+    async with running_worker(settings, jobs.works), reading(settings, topics.progress) as reader:
+        said = events(await reader.until(lambda found: bool(found) and b'"completed"' in found[-1].value))
+    progress = [one.progress for one in said if isinstance(one, TrainProgress)]
+    assert progress == sorted(progress)
+    assert (said[0].status, said[-1].status, said[-1].phase) == ("running", "completed", "ended")  # type: ignore[attr-defined]
+
+
+async def test_unknown_fields_of_a_raw_request_are_listed_in_the_first_progress_event(settings: Settings) -> None:
+    raw = {"model_name": "m", "corpus_file": "corpus.txt", "job_id": "job-1", "colour": "blue"}
+    await publish(settings, {"topic": settings.topics.requested, "value": json.dumps(raw).encode()})
+    async with running_worker(settings, jobs.works), reading(settings, settings.topics.progress) as reader:
+        (first,) = events((await reader.of(settings.topics.progress, 1))[:1])
+    assert isinstance(first, TrainProgress)
+    assert first.unknown_fields == ["colour"]
+
+
+@pytest.mark.parametrize(
+    ("job", "fields", "code"),
+    [
+        (jobs.refuses, {}, ErrorCode.CORPUS_UNREADABLE),
+        (jobs.raises, {}, ErrorCode.INTERNAL),
+        (jobs.works, {"corpus_file": "absent.txt"}, ErrorCode.CORPUS_NOT_FOUND),
+        (jobs.works, {"corpus_file": "../secret.txt"}, ErrorCode.CORPUS_NOT_ALLOWED),
+        (jobs.works, {"token_name": "nobody"}, ErrorCode.REQUEST_INVALID),
+    ],
+)
+async def test_a_job_that_cannot_be_done_fails_with_its_code_and_a_hint(
+    settings: Settings, job: Job, fields: dict[str, Any], code: ErrorCode
+) -> None:
+    (failed,) = await ends_of(settings, job, 1, request("job-1", settings, **fields))
+    assert isinstance(failed, TrainFailed)
+    assert (failed.code, failed.attempts, bool(failed.message), bool(failed.hint)) == (code, 1, True, True)
+
+
+async def test_a_request_out_of_range_fails_in_the_seeds_words(settings: Settings) -> None:
+    raw = {"model_name": "m", "corpus_file": "corpus.txt", "job_id": "job-1", "hidden_dim": 1}
+    record = {"topic": settings.topics.requested, "value": json.dumps(raw).encode()}
+    (failed,) = await ends_of(settings, jobs.works, 1, record)
+    assert isinstance(failed, TrainFailed)
+    assert (failed.code, failed.message) == (
+        ErrorCode.REQUEST_OUT_OF_RANGE,
+        "hidden_dim: Hidden dimension too small (min 64)",
+    )
+
+
+async def test_a_child_that_dies_is_tried_again_up_to_the_limit(settings: Settings) -> None:
+    twice = settings.model_copy(update={"max_attempts": 2})
+    (failed,) = await ends_of(twice, jobs.killed, 1, request("job-1", settings))
+    assert isinstance(failed, TrainFailed)
+    assert (failed.code, failed.attempts, failed.retryable) == (ErrorCode.CHILD_DIED, 2, True)
+    assert failed.traceback[-1] == "the last line before the end"
+
+
+async def test_a_stall_is_reported_and_nothing_is_said_meanwhile(settings: Settings) -> None:
+    quick = settings.model_copy(update={"max_attempts": 1, "stall_seconds": 3.0})
+    topics = settings.topics
+    await publish(quick, request("job-1", settings))
+    async with running_worker(quick, jobs.hangs), reading(quick, topics.progress, topics.failed) as reader:
+        await reader.of(topics.failed, 1)
+        said = [one for one in events(reader.records) if isinstance(one, TrainProgress) and one.status == "running"]
+        (failed,) = [one for one in events(reader.records) if isinstance(one, TrainFailed)]
+    assert failed.code is ErrorCode.CHILD_STALLED
+    assert said[-1].message == "about to hang"
+    assert (failed.time - said[-1].time).total_seconds() > 1.5
+
+
+async def test_garbage_among_requests_goes_to_the_dead_letters_byte_for_byte(settings: Settings) -> None:
+    topics, garbage = settings.topics, [b"\xff\xfe%d" % n for n in range(20)]
+    wanted: list[dict[str, Any]] = [{"topic": topics.requested, "value": one, "partition": 0} for one in garbage]
+    for n in range(5):
+        wanted.insert(4 * n, request(f"job-{n}", settings) | {"partition": 0})
+    await publish(settings, *wanted)
+    async with running_worker(settings, jobs.works), reading(settings, topics.completed, topics.dead_letter) as reader:
+        completed = await reader.of(topics.completed, 5)
+        letters = await reader.of(topics.dead_letter, 20)
+    assert sorted(record.key for record in completed) == [f"job-{n}".encode() for n in range(5)]
+    assert [record.value for record in letters] == garbage
+    assert {header(record.headers, "kafka_dlt-original-topic") for record in letters} == {topics.requested}
+
+
+async def test_a_message_is_delivered_once_even_when_the_worker_starts_again(settings: Settings) -> None:
+    topics = settings.topics
+    await publish(settings, *(request(f"job-{n}", settings) for n in range(3)))
+    for _ in range(2):
+        async with running_worker(settings, jobs.works), reading(settings, topics.completed) as reader:
+            await reader.of(topics.completed, 3)
+    async with reading(settings, topics.completed) as reader:
+        found = await reader.drained()
+    assert sorted(record.key for record in found) == [b"job-0", b"job-1", b"job-2"]
+
+
+async def test_a_token_in_a_request_is_nowhere_but_in_the_request(
+    settings: Settings, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    topics = settings.topics
+    raw = {"model_name": "m", "corpus_file": "corpus.txt", "job_id": "job-1", "huggingface_token": TOKEN}
+    caplog.set_level("DEBUG", logger="mistudio_train")
+    await publish(settings, {"topic": topics.requested, "value": json.dumps(raw).encode()})
+    async with running_worker(settings, jobs.raises), reading(settings, topics.progress, topics.failed) as reader:
+        (failed,) = events(await reader.of(topics.failed, 1))
+        said = b"".join(record.value + b"".join(value for _, value in record.headers) for record in reader.records)
+    assert isinstance(failed, TrainFailed)
+    assert "repeats [secret]" in failed.message
+    store = open_store(settings)
+    objects = b"".join(store.get_bytes(found.key)[0] for found in store.list(""))
+    files = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())  # noqa: ASYNC240
+    printed = "".join(capfd.readouterr()).encode() + caplog.text.encode()
+    assert TOKEN.encode() not in said + objects + files + printed
