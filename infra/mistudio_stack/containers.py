@@ -156,7 +156,7 @@ def _minio(secret: str) -> "DockerContainer":
     from testcontainers.core.container import DockerContainer
     from testcontainers.core.wait_strategies import HttpWaitStrategy
 
-    ready = HttpWaitStrategy(S3_PORT, "/minio/health/ready").with_poll_interval(0.2)
+    ready = HttpWaitStrategy(S3_PORT, "/minio/health/cluster").with_poll_interval(0.2)
     return (
         DockerContainer(
             os.environ.get("MINIO_IMAGE", MINIO_IMAGE),

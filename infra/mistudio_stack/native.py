@@ -133,7 +133,7 @@ def minio_is_ready(endpoint: str) -> bool:
     """Whether the MinIO at `host:port` takes requests."""
     connection = http.client.HTTPConnection(endpoint, timeout=5)
     try:
-        connection.request("GET", "/minio/health/ready")
+        connection.request("GET", "/minio/health/cluster")
         return connection.getresponse().status == http.HTTPStatus.OK
     except OSError:
         return False

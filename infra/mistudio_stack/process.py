@@ -102,8 +102,10 @@ class Server:
         self.start()
 
     def pause(self) -> None:
-        """Freeze it: connections stay open and nothing is answered."""
+        """Freeze it: connections stay open and nothing is answered any more when this returns."""
         os.kill(self.pid, signal.SIGSTOP)
+        # The signal alone is not enough: for a moment other threads of the server may still answer.
+        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
 
     def resume(self) -> None:
         """Let a frozen server go on."""

@@ -44,7 +44,7 @@ def test_the_store_keeps_its_objects_through_an_orderly_stop(native: NativeStack
 
 
 def test_a_paused_server_takes_connections_and_is_silent(native: NativeStack) -> None:
-    url = f"http://{native.minio_endpoint}/minio/health/ready"
+    url = f"http://{native.minio_endpoint}/minio/health/cluster"
     with urllib3.PoolManager(retries=False, timeout=1.0) as http:
         native.minio.pause()
         with pytest.raises(urllib3.exceptions.ReadTimeoutError):
