@@ -1,5 +1,6 @@
 """The command line as a person meets it: arguments in, exit status and both streams out."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -30,7 +31,18 @@ Cli = Callable[..., Outcome]
 
 
 @pytest.fixture
-def cli(capsys: pytest.CaptureFixture[str]) -> Cli:
+def logging_kept() -> Iterator[None]:
+    """What a command does to this process' logging is undone."""
+    loggers = {logging.getLogger(name): logging.getLogger(name).level for name in ("", "aiokafka")}
+    handlers = list(logging.root.handlers)
+    yield
+    logging.root.handlers[:] = handlers
+    for logger, level in loggers.items():
+        logger.setLevel(level)
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], logging_kept: None) -> Cli:
     """Run a command in this process."""
 
     def call(*arguments: str | Path) -> Outcome:

@@ -109,8 +109,10 @@ def test_an_operator_can_widen_the_limits(cli: Cli, monkeypatch: pytest.MonkeyPa
     assert [request.hidden_dim for request in sent] == [65536]
 
 
-def test_missing_topics_are_said_at_once(cli_process: Cli) -> None:
-    ended = cli_process(*MINIMAL)
+def test_missing_topics_are_said_at_once(cli: Cli, worker_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in worker_env.items():
+        monkeypatch.setenv(name, value)
+    ended = cli(*MINIMAL)
     assert (ended.status, ended.out) == (2, "")
     assert "mistudio-train init" in ended.err
     assert "Traceback" not in ended.err

@@ -6,7 +6,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,10 @@ from mistudio_train.messages import Failed, Finished, JobSpec, Lease, Logging
 from mistudio_train.settings import Settings
 from mistudio_train.worker.artifacts import MANIFEST, MEDIA_TYPES, Manifest
 from mistudio_train.worker.child import Child, redact
+from mistudio_train.worker.child_main import train
 from mistudio_train.worker.devices import Devices
 from mistudio_train.worker.objects import OCTETS
 from mistudio_train.worker.progress import ProgressFeed
-
-from .errors import CliError
 
 Listen = Callable[[TrainProgress], None]
 RUN = ATTEMPT = 1
@@ -39,6 +38,9 @@ class LocalJob:
     to: Path
     """The folder of the results, absolute and there."""
     settings: Settings
+    model_folders: tuple[Path, ...] = ()
+    """Folders that the model may be in, besides the settings'."""
+    token: str | None = field(default=None, repr=False)
 
 
 async def train_here(job: LocalJob, listen: Listen) -> TrainCompleted | TrainFailed:
@@ -47,14 +49,13 @@ async def train_here(job: LocalJob, listen: Listen) -> TrainCompleted | TrainFai
     SIGTERM cancels it, as Ctrl-C does.
 
     Raises:
-        CliError: if the request names a token that the environment does not have.
         OSError: if the folder cannot be written.
 
     """
     task = asyncio.current_task()
     assert task is not None  # asyncio.run has made it
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    token = _token(job)
+    token = job.token
 
     async def tell(status: TrainProgress) -> None:
         listen(status)
@@ -77,7 +78,7 @@ async def train_here(job: LocalJob, listen: Listen) -> TrainCompleted | TrainFai
 
 
 async def _last_word(spec: JobSpec, settings: Settings, feed: ProgressFeed) -> Finished | Failed:
-    async with Child(spec, settings.stall_seconds, settings.loading_stall_seconds) as child:
+    async with Child(spec, settings.stall_seconds, settings.loading_stall_seconds, train) as child:
         async for message in child.messages():
             feed.hear(message)
             if isinstance(message, Finished | Failed):
@@ -98,27 +99,12 @@ def _spec(job: LocalJob, workspace: Path, lease: Lease, token: str | None) -> Jo
         lease=lease,
         uri_prefix=f"{job.to.as_uri()}/",
         bundle_max_bytes=job.request.bundle_max_bytes or settings.bundle_max_bytes,
-        model_folders=(*settings.local_model_folders, *_folder_of_model(job.request)),
+        model_folders=(*settings.local_model_folders, *job.model_folders),
         allow_unsafe_models=settings.allow_unsafe_models,
         memory_limit_bytes=settings.memory_limit_bytes,
         token=token,
         logging=settings.logging if chosen else Logging("WARNING", settings.log_format),
     )
-
-
-def _folder_of_model(request: TrainRequested) -> list[Path]:
-    """Whoever types the command may read their own folders."""
-    model = Path(request.model_name)
-    return [model.parent] if model.is_absolute() and model.is_dir() else []
-
-
-def _token(job: LocalJob) -> str | None:
-    name = job.request.token_name
-    try:
-        token = job.settings.hub_token(name)
-    except KeyError:
-        raise CliError(f"there is no token named {name}", f"Set HF_TOKEN_{str(name).upper()}.") from None
-    return token.get_secret_value() if token else None
 
 
 def _deliver(job: LocalJob, output: Path) -> dict[str, ArtifactRef]:

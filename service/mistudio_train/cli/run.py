@@ -12,6 +12,7 @@ from mistudio_train.settings import Settings
 from .display import Bars, say, show_end
 from .environment import load_settings
 from .errors import CliError, Exit
+from .local_model import folder_of_model, hub_token, with_model_folder
 from .request_input import assign, checked, read_request_file
 
 commands = typer.Typer()
@@ -38,7 +39,7 @@ def run(
     """
     settings = load_settings()
     raw = assign(read_request_file(request_file), assignments or [])
-    request = _with_model_folder(checked(raw, settings.limits))
+    request = with_model_folder(checked(raw, settings.limits))
     corpus = _corpus(request.corpus_file, corpus_folder or Path())
     event = _train(settings, request, corpus, _folder(to, force), as_json)
     if as_json:
@@ -54,7 +55,15 @@ def _train(
 ) -> TrainCompleted | TrainFailed:
     from .local import LocalJob, train_here
 
-    job = LocalJob(request.job_id or new_job_id(), request, corpus, to, settings)
+    job = LocalJob(
+        request.job_id or new_job_id(),
+        request,
+        corpus,
+        to,
+        settings,
+        tuple(folder_of_model(request)),
+        hub_token(request, settings),
+    )
     try:
         with Bars() as bars:
 
@@ -67,14 +76,6 @@ def _train(
     except (KeyboardInterrupt, asyncio.CancelledError):
         say("Interrupted; nothing was written.")
         raise typer.Exit(Exit.INTERRUPTED) from None
-
-
-def _with_model_folder(request: TrainRequested) -> TrainRequested:
-    """The request with the absolute path of a model that is a folder here; a hub name stays as it is."""
-    model = Path(request.model_name).expanduser()
-    if not model.is_dir():
-        return request
-    return request.model_copy(update={"model_name": str(model.resolve())})
 
 
 def _corpus(name: str, folder: Path) -> Path:

@@ -1,0 +1,154 @@
+"""`run` does a job in a real child process and leaves its files, or nothing."""
+
+import hashlib
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from mistudio_train.messages import Finished, JobSpec
+from mistudio_train.worker.artifacts import Manifest
+from tests.cli.conftest import Cli
+from tests.worker import jobs
+
+
+@pytest.fixture
+def request_file(tmp_path: Path) -> Path:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "stories.txt").write_text("Once upon a time.\n")
+    file = tmp_path / "request.yaml"
+    file.write_text("job_id: j\nmodel_name: m\ncorpus_file: stories.txt\n")
+    return file
+
+
+@pytest.fixture
+def corpus_folder(request_file: Path) -> Path:
+    return request_file.parent / "texts"
+
+
+def child_does(job: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the real child process do another job than training."""
+    monkeypatch.setattr("mistudio_train.cli.local.train", job)
+
+
+def interrupts_its_parent(spec: JobSpec, send: jobs.Send) -> Finished:
+    spec.output.mkdir(parents=True)
+    (spec.output / "metadata.json").write_text("{}")
+    os.kill(os.getppid(), signal.SIGTERM)
+    threading.Event().wait()
+    return jobs.finished()
+
+
+def test_a_completed_job_leaves_its_files_and_their_manifest(
+    cli: Cli, request_file: Path, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child_does(jobs.works, monkeypatch)
+    to = tmp_path / "results"
+    ended = cli("run", request_file, "--to", to, "--corpus-folder", corpus_folder, "--json")
+    assert ended.status == 0, ended.err
+    events = [json.loads(line) for line in ended.out.splitlines()]
+    assert events[-1]["status"] == "completed"
+    assert events[-1]["model_path"] == (to / "sae_model.pt").as_uri()
+    assert {event["job_id"] for event in events} == {"j"}
+    manifest = Manifest.from_json((to / "manifest.json").read_bytes())
+    assert [ref.name for ref in manifest.objects] == ["feature_activations.pt", "metadata.json", "sae_model.pt"]
+    for ref in manifest.objects:
+        data = (to / ref.name).read_bytes()
+        assert (ref.size, ref.sha256) == (len(data), hashlib.sha256(data).hexdigest())
+    assert sorted(path.name for path in to.iterdir()) == [
+        "feature_activations.pt",
+        "manifest.json",
+        "metadata.json",
+        "sae_model.pt",
+    ]
+
+
+def test_the_phases_and_the_saes_are_shown(
+    cli: Cli, request_file: Path, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child_does(jobs.works, monkeypatch)
+    ended = cli("run", request_file, "--to", tmp_path / "results", "--corpus-folder", corpus_folder)
+    assert "standard-0" in ended.out
+    assert "j run 1 is completed" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("job", "says"),
+    [(jobs.refuses, "line 3 is no UTF-8 (corpus.unreadable)"), (jobs.killed, "SIGKILL"), (jobs.exits, "status 3")],
+)
+def test_a_failed_job_says_why_and_leaves_nothing(
+    job: object,
+    says: str,
+    cli: Cli,
+    request_file: Path,
+    corpus_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    child_does(job, monkeypatch)
+    to = tmp_path / "results"
+    ended = cli("run", request_file, "--to", to, "--corpus-folder", corpus_folder)
+    assert ended.status == 1
+    assert says in ended.err
+    assert list(to.iterdir()) == []
+
+
+def test_a_token_is_in_nothing_that_is_shown(
+    cli: Cli, request_file: Path, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN_TEAM", "hf_very_secret")
+    child_does(jobs.raises, monkeypatch)
+    arguments = ("--corpus-folder", corpus_folder, "--set", "token_name=team", "--json")
+    ended = cli("run", request_file, "--to", tmp_path / "results", *arguments)
+    assert ended.status == 1
+    assert "a library's error that repeats [secret]" in ended.out
+    assert "hf_very_secret" not in ended.out + ended.err
+
+
+def test_a_terminated_run_leaves_nothing(
+    cli: Cli, request_file: Path, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child_does(interrupts_its_parent, monkeypatch)
+    to = tmp_path / "results"
+    ended = cli("run", request_file, "--to", to, "--corpus-folder", corpus_folder)
+    assert ended.status == 130
+    assert list(to.iterdir()) == []
+
+
+def test_a_folder_with_something_in_it_is_left_alone_unless_forced(
+    cli: Cli, request_file: Path, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child_does(jobs.works, monkeypatch)
+    to = tmp_path / "results"
+    to.mkdir()
+    (to / "metadata.json").write_text("precious")
+    arguments = ("run", request_file, "--to", to, "--corpus-folder", corpus_folder)
+    ended = cli(*arguments)
+    assert (ended.status, ended.out) == (2, "")
+    assert "--force" in ended.err
+    assert (to / "metadata.json").read_text() == "precious"
+    assert cli(*arguments, "--force").status == 0
+    assert (to / "metadata.json").read_text() == "metadata.json"
+
+
+@pytest.mark.parametrize(
+    ("assignment", "says"),
+    [
+        ("corpus_file=missing.txt", "there is no corpus"),
+        ("hidden_dim=1", "Hidden dimension too small (min 64)"),
+        ("hiden_dim=64", "did you mean 'hidden_dim'?"),
+        ("huggingface_token=x", "HF_TOKEN"),
+        ("token_name=nobody", "HF_TOKEN_NOBODY"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    assignment: str, says: str, cli: Cli, request_file: Path, corpus_folder: Path, tmp_path: Path
+) -> None:
+    to = tmp_path / "results"
+    ended = cli("run", request_file, "--to", to, "--corpus-folder", corpus_folder, "--set", assignment)
+    assert (ended.status, ended.out) == (2, "")
+    assert says in ended.err
+    assert "Traceback" not in ended.err
