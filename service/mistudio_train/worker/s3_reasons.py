@@ -1,4 +1,4 @@
-"""Why an S3 call failed, in S3's codes or in words. Never the error's own text, which may hold a signed URL or a body."""
+"""Why an S3 call failed, in S3's codes or in words. Never the error's own text, which may hold a signed URL."""
 
 from xml.etree import ElementTree
 
