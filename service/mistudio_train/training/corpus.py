@@ -19,7 +19,7 @@ from .parquet import parquet_texts
 from .source import Place, Source
 from .texts import Texts, TextsWriter
 
-MAX_LINE_BYTES: Final = 64 * 1024**2
+MAX_LINE_BYTES: Final = 16 * 1024**2
 """A longer line is no text; without a bound one binary file would fill the memory."""
 MAX_JSON_BYTES: Final = 64 * 1024**2
 """A `.json` file is parsed as a whole, so it must be small; `.jsonl` has no limit."""

@@ -87,7 +87,7 @@ def plan_memory(source: ModelSource, spec: JobSpec, device: Device | None = None
     if needed > room:
         raise _too_large(needed + device.overhead, device, sae_bytes >= needed)
     cap = MAX_TOKENS_GPU if device.gpu else MAX_TOKENS_CPU
-    tokens = max(length, min(cap, (room - model_bytes) // per_token))
+    tokens = max(length, _power_of_two(min(cap, (room - model_bytes) // per_token)))
     planned = device.overhead + max(model_bytes + tokens * per_token, sae_bytes)
     plan = MemoryPlan(
         device.name, dtype, quantization, tokens, model_bytes, sae_bytes, planned, device.available_bytes,
@@ -170,6 +170,11 @@ def _estimated_shapes(source: ModelSource) -> dict[str, tuple[int, ...]]:
         f"{i}.{name}": shape for i in range(source.total_layers) for name, shape in block.items()
     }
     return shapes | {"embed": (source.vocab_size, d)}
+
+
+def _power_of_two(value: int) -> int:
+    """The next lower one: a little more or less free memory then gives the same batches, and the same last digits."""
+    return 1 << max(0, value.bit_length() - 1)
 
 
 def _size(shape: Sequence[int]) -> int:

@@ -1,0 +1,214 @@
+"""Rows of activations in shards on the scratch disk: written by position, read in blocks or gathered at random.
+
+Resident memory stays bounded however many rows there are; knows no model, no tokenizer and no SAE.
+"""
+
+import mmap
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mistudio_train.errors import DiskFull
+
+from .disk import disk_errors
+from .tokens import RowIndex
+
+SHARD_BYTES: Final = 256 * 1024**2
+FAULT_BYTES: Final = 64 * 1024
+"""What the system maps around a page that is touched, and counts as ours."""
+RESIDENT_BYTES: Final = 64 * 1024**2
+"""Mapped pages are given back when so many may be resident."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows lie in shards."""
+
+    rows: int
+    d_in: int
+    dtype: torch.dtype
+    shard_bytes: int = SHARD_BYTES
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return self.d_in * self.dtype.itemsize
+
+    @property
+    def shard_rows(self) -> int:
+        """Rows of a full shard."""
+        return max(1, self.shard_bytes // self.row_bytes)
+
+    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Shard, first row in it and number of rows, for each shard that rows `start` to `stop` lie in."""
+        while start < stop:
+            shard, row = divmod(start, self.shard_rows)
+            count = min(stop - start, self.shard_rows - row)
+            yield shard, row, count
+            start += count
+
+    def open(self, folder: Path, flags: int) -> list[int]:
+        """A file descriptor for each shard."""
+        count = -(-self.rows // self.shard_rows)
+        return [os.open(folder / f"shard-{i:05d}.bin", flags, 0o600) for i in range(count)]
+
+
+class ActivationWriter:
+    """Writes rows of one site, in any order, each once."""
+
+    def __init__(self, folder: Path, layout: Layout) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        wanted, free = layout.rows * layout.row_bytes, shutil.disk_usage(folder).free
+        if wanted > free:
+            raise DiskFull(
+                f"The activations take {wanted / 1e9:.1f} GB, the workspace's disk has {free / 1e9:.1f} GB left",
+                "Free space under DATA_PATH, or ask for fewer tokens (token_budget).",
+            )
+        self.folder, self.layout = folder, layout
+        self._shards = layout.open(folder, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+
+    def write(self, start: int, rows_ND: Tensor) -> None:
+        """Write contiguous rows, the first of which is row `start`.
+
+        Raises:
+            DiskFull: if the disk has no room.
+        """
+        data = _bytes_of(rows_ND.to(self.layout.dtype).contiguous().cpu())
+        size = self.layout.row_bytes
+        with disk_errors():
+            for shard, row, count in self.layout.pieces(start, start + len(rows_ND)):
+                part, data = data[: count * size], data[count * size :]
+                _write_all(self._shards[shard], part, row * size)
+
+    def finish(self, index: RowIndex) -> "ActivationStore":
+        """Close the shards, and open them to read."""
+        self.close()
+        return ActivationStore(self.folder, self.layout, index)
+
+    def close(self) -> None:
+        """Close the shards."""
+        for shard in self._shards:
+            os.close(shard)
+        self._shards = []
+
+
+class ActivationStore:
+    """The rows of one site, read-only. Rows of a text are contiguous, in the order of its tokens."""
+
+    def __init__(self, folder: Path, layout: Layout, index: RowIndex) -> None:
+        self.folder, self.layout, self.index = folder, layout, index
+        self._shards = layout.open(folder, os.O_RDONLY)
+        # Copy-on-write, and never written: torch wants memory that it could write to.
+        self._maps = [mmap.mmap(shard, 0, access=mmap.ACCESS_COPY) for shard in self._shards]
+        self._views = [torch.frombuffer(m, dtype=layout.dtype).view(-1, layout.d_in) for m in self._maps]
+        self._resident = 0
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.layout.rows
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self.layout.d_in
+
+    @property
+    def text_of_row(self) -> NDArray[Any]:
+        """int32 [rows], memory-mapped: which text each row is of."""
+        return self.index.text_of_row
+
+    @property
+    def position_of_row(self) -> NDArray[Any]:
+        """int32 [rows], memory-mapped: which of its text's tokens each row is; -1 where the row is a whole text."""
+        return self.index.position_of_row
+
+    @property
+    def token_of_row(self) -> NDArray[Any]:
+        """int32 [rows], memory-mapped: the token's id; -1 where the row is a whole text."""
+        return self.index.token_of_row
+
+    def rows_of_text(self, text: int) -> slice:
+        """The rows of a text."""
+        return self.index.rows_of_text(text)
+
+    def gather(self, indices: NDArray[np.int64]) -> Tensor:
+        """Rows by number, in the order given: fp32 [B, d_in], in memory of their own.
+
+        Raises:
+            IndexError: if a row is not there.
+        """
+        index_B = torch.from_numpy(np.ascontiguousarray(indices, np.int64))
+        if len(index_B) and not 0 <= int(index_B.min()) <= int(index_B.max()) < self.rows:
+            raise IndexError(f"rows are 0..{self.rows - 1}")
+        rows_BD = self._views[0].index_select(0, index_B) if len(self._views) == 1 else self._gathered(index_B)
+        self._count(len(index_B) * max(FAULT_BYTES, self.layout.row_bytes))
+        return rows_BD.to(torch.float32)
+
+    def blocks(self, rows_per_block: int) -> Iterator[tuple[int, Tensor]]:
+        """All rows in order, some at a time: the number of the first, and fp32 [rows, d_in]."""
+        for start in range(0, self.rows, rows_per_block):
+            yield start, self.read(start, min(start + rows_per_block, self.rows))
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop`: fp32, in memory of their own."""
+        rows_ND = torch.empty(stop - start, self.d_in, dtype=self.layout.dtype)
+        buffer = _bytes_of(rows_ND)
+        size = self.layout.row_bytes
+        for shard, row, count in self.layout.pieces(start, stop):
+            part, buffer = buffer[: count * size], buffer[count * size :]
+            _read_all(self._shards[shard], part, row * size)
+        return rows_ND.to(torch.float32)
+
+    def close(self) -> None:
+        """Let the shards go; reading afterwards fails."""
+        self._views.clear()
+        self._maps.clear()
+        for shard in self._shards:
+            os.close(shard)
+        self._shards = []
+
+    def _gathered(self, index_B: Tensor) -> Tensor:
+        shard_B = index_B // self.layout.shard_rows
+        row_B = index_B - shard_B * self.layout.shard_rows
+        rows_BD = torch.empty(len(index_B), self.d_in, dtype=self.layout.dtype)
+        for shard in set(shard_B.tolist()):
+            of_shard = (shard_B == shard).nonzero()[:, 0]
+            rows_BD[of_shard] = self._views[shard].index_select(0, row_B[of_shard])
+        return rows_BD
+
+    def _count(self, touched: int) -> None:
+        """Give mapped pages back before they add up; they stay in the system's cache."""
+        self._resident += touched
+        if self._resident > RESIDENT_BYTES < self.rows * self.layout.row_bytes:
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
+            self._resident = 0
+
+
+def _bytes_of(rows_ND: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    flat: Any = rows_ND.view(torch.uint8).reshape(-1).numpy()
+    return memoryview(flat)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _read_all(fd: int, buffer: memoryview, offset: int) -> None:
+    while buffer:
+        read = os.preadv(fd, [buffer], offset)
+        if not read:
+            raise EOFError("a shard of activations is shorter than its rows")
+        buffer, offset = buffer[read:], offset + read

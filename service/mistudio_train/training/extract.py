@@ -1,0 +1,195 @@
+"""Texts through the language model into rows of activations: one forward pass for all sites, row i always text i.
+
+Owns batching, pooling and what happens when memory runs out; must not know any SAE. No text is ever skipped.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mistudio_schemas import CorpusInfo, ErrorCode, TrainRequested
+from mistudio_train.errors import MemoryExhausted, ModelRefused
+
+from .activations import ActivationStore, ActivationWriter, Layout
+from .language_model import LanguageModel, is_out_of_memory
+from .memory_plan import MemoryPlan
+from .sites import Site
+from .texts import Texts
+from .tokens import Tokens, rules_of, tokenize
+
+WINDOWS_SORTED: Final = 1 << 16
+"""Sequences that are sorted by length together: enough to leave next to no padding, few enough to hold."""
+
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """The activations of a corpus."""
+
+    stores: dict[Site, ActivationStore]
+    """The rows of each site, all with the same index."""
+    corpus: CorpusInfo
+    length: int
+    """Tokens of a sequence at most, special ones included."""
+    tokens_per_batch: int
+    """Tokens of a forward pass at the end; less than planned if memory ran out."""
+    padding: int
+    """Padding tokens that went through the model."""
+
+
+def extract(
+    model: LanguageModel,
+    texts: Texts,
+    request: TrainRequested,
+    sites: Sequence[Site],
+    plan: MemoryPlan,
+    scratch: Path,
+    on_progress: OnProgress,
+    on_tokenized: OnProgress = lambda done, total: None,
+) -> Extraction:
+    """Run the corpus through the model.
+
+    Args:
+        model: loaded for these sites.
+        texts: the corpus.
+        request: pooling, length limit and token budget.
+        sites: where activations are read.
+        plan: how many tokens a forward pass may have.
+        scratch: a folder for tokens and activations.
+        on_progress: called after each forward pass with the tokens done and in all.
+        on_tokenized: called while the corpus is tokenised, with texts done and in all.
+
+    Raises:
+        CorpusRefused: if the tokenizer makes nothing of the texts.
+        RequestRefused: if the length limit leaves no room for text.
+        MemoryExhausted: if a single sequence does not fit.
+        ModelRefused: if activations are no finite numbers.
+        DiskFull: if the scratch disk has no room.
+    """
+    rules = rules_of(request, model.tokenizer, model.source.positions)
+    tokens = tokenize(texts, model.tokenizer, rules, scratch / "tokens", on_tokenized)
+    dtype = torch.float32 if rules.pooling == "mean" else model.dtype
+    layout = Layout(tokens.corpus.rows, model.d_in, dtype)
+    writers = {site: ActivationWriter(scratch / "activations" / str(site), layout) for site in sites}
+    run = _Run(model, tokens, writers, plan.tokens_per_batch, on_progress)
+    try:
+        run.all_windows()
+    except BaseException:
+        for writer in writers.values():
+            writer.close()
+        raise
+    stores = {site: writer.finish(tokens.index) for site, writer in writers.items()}
+    return Extraction(stores, tokens.corpus, rules.length, run.budget, run.padding)
+
+
+@dataclass(eq=False)
+class _Run:
+    """An extraction under way."""
+
+    model: LanguageModel
+    tokens: Tokens
+    writers: dict[Site, ActivationWriter]
+    budget: int
+    """Tokens of a forward pass, padding included."""
+    on_progress: OnProgress
+    done: int = 0
+    padding: int = 0
+
+    def all_windows(self) -> None:
+        for windows in self._sorted_windows():
+            at = 0
+            while at < len(windows):
+                batch = windows[at : at + self._fitting(int(windows["length"][at]))]
+                if self._tried(batch):
+                    at += len(batch)
+                else:
+                    self._shrink(batch)
+
+    def _sorted_windows(self) -> Iterator[NDArray[Any]]:
+        """Windows, the longest first, so that memory runs out at once if it ever does."""
+        count = len(self.tokens.windows)
+        for start in range(0, count, WINDOWS_SORTED):
+            windows = self.tokens.windows.read(start, min(start + WINDOWS_SORTED, count))
+            yield windows[np.argsort(-windows["length"].astype(np.int64), kind="stable")]
+
+    def _fitting(self, length: int) -> int:
+        """Sequences of a batch whose longest text part has this many tokens."""
+        return max(1, self.budget // (length + len(self.tokens.rules.frame)))
+
+    def _tried(self, batch: NDArray[Any]) -> bool:
+        """Run a batch; false if memory ran out, and then nothing of it has been counted."""
+        try:
+            self._run(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _shrink(self, batch: NDArray[Any]) -> None:
+        # Outside the handler: the error's traceback would keep the failed pass' tensors alive.
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            raise MemoryExhausted(
+                f"Memory ran out with a single sequence of {int(batch['length'][0])} tokens",
+                "Lower max_sequence_length, or use a worker with more memory.",
+            )
+        self.budget = (len(batch) // 2) * (int(batch["length"][0]) + len(self.tokens.rules.frame))
+
+    def _run(self, batch: NDArray[Any]) -> None:
+        ids_BT, mask_BT, real_BT = self._padded(batch)
+        device = self.model.device
+        acts = self.model.activations(ids_BT.to(device), mask_BT.to(device))
+        real_device_BT = real_BT.to(device)
+        for site, acts_BTD in acts.items():
+            if self.tokens.rules.pooling == "mean":
+                rows_ND, counts = mean_rows(acts_BTD, real_device_BT), np.ones(len(batch), int)
+            else:
+                rows_ND, counts = acts_BTD[real_device_BT], real_BT.sum(1).numpy()
+            self._write(site, rows_ND, batch["row"], counts)
+        self.done += int(real_BT.sum())
+        self.padding += int((mask_BT == 0).sum())
+        self.on_progress(self.done, self.tokens.corpus.tokens)
+
+    def _write(self, site: Site, rows_ND: Tensor, starts: NDArray[Any], counts: NDArray[Any]) -> None:
+        if not torch.isfinite(rows_ND).all():
+            raise ModelRefused(
+                f"The activations at {site} are not finite numbers in {self.model.dtype}",
+                "Ask for dtype float32 or bfloat16.",
+                ErrorCode.MODEL_UNSUPPORTED,
+            )
+        first = 0
+        rows_ND = rows_ND.cpu()
+        for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
+            self.writers[site].write(start, rows_ND[first : first + count])
+            first += count
+
+    def _padded(self, batch: NDArray[Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, attention mask and real tokens, [B, T] each; always padded on the right, whatever the tokenizer does."""
+        frame, specials = self.tokens.rules.frame, self.tokens.rules.include_special_tokens
+        before, width = len(frame.before), int(batch["length"].max()) + len(frame)
+        ids_BT = np.full((len(batch), width), self.model.pad_id, np.int64)
+        mask_BT = np.zeros((len(batch), width), np.int64)
+        real_BT = np.zeros((len(batch), width), bool)
+        for row, (start, length) in enumerate(zip(batch["start"].tolist(), batch["length"].tolist(), strict=True)):
+            end = length + len(frame)
+            ids_BT[row, :end] = [*frame.before, *self.tokens.ids.read(start, start + length), *frame.after]
+            mask_BT[row, :end] = 1
+            # A text of special tokens alone has no others to be the mean of.
+            real = slice(0, end) if specials or not length else slice(before, before + length)
+            real_BT[row, real] = True
+        return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT), torch.from_numpy(real_BT)
+
+
+def mean_rows(acts_BTD: Tensor, real_BT: Tensor) -> Tensor:
+    """The mean over the real tokens of each sequence, accumulated in fp32: [B, d_in]."""
+    total_BD = acts_BTD.masked_fill(~real_BT[:, :, None], 0).sum(1, dtype=torch.float32)
+    return total_BD / real_BT.sum(1, keepdim=True)

@@ -1,0 +1,224 @@
+"""The language model in memory: loaded without its head, cut behind the deepest block that is read, run up to there.
+
+Owns the transformers library's side of things; knows no corpus, no files of activations and no SAE.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from mistudio_schemas import ErrorCode
+from mistudio_train.errors import JobError, MemoryExhausted, ModelRefused
+
+from .blocks import find_blocks, hooked_module
+from .memory_plan import MemoryPlan
+from .model_source import ModelSource
+from .sites import Site
+
+logger = logging.getLogger(__name__)
+TEXT_ENCODERS: Final = ("t5", "mt5", "umt5")
+"""Encoder-decoders of which the library can load the encoder alone."""
+UNUSED: Final = ("pooler.",)
+"""Parts of a trunk that come after the blocks; files without them will do."""
+OUT_OF_MEMORY: Final = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+@dataclass(eq=False)
+class LanguageModel:
+    """A model that gives activations. One forward pass serves every site and ends at the deepest."""
+
+    trunk: nn.Module = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    source: ModelSource
+    sites: tuple[Site, ...]
+    device: torch.device
+    dtype: torch.dtype
+    modules: dict[Site, nn.Module] = field(repr=False)
+    """The module whose output each site is."""
+    warnings: list[str] = field(default_factory=list)
+    """What the requester should know of the loading."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of every site's rows."""
+        return self.source.d_in
+
+    @property
+    def pad_id(self) -> int:
+        """What padding is filled with: the model's own, as some families derive positions from it."""
+        for value in (self.source.text_config.get("pad_token_id"), self.tokenizer.pad_token_id):
+            if isinstance(value, int) and value >= 0:
+                return value
+        return 0
+
+    @torch.inference_mode()
+    def activations(self, ids_BT: Tensor, mask_BT: Tensor) -> dict[Site, Tensor]:
+        """Run the blocks up to the deepest site.
+
+        Args:
+            ids_BT: int64 token ids, padded on the right with `pad_id`, on the device.
+            mask_BT: int64, 1 for tokens and 0 for padding.
+
+        Returns:
+            Each site's activations [B, T, d_in], in the model's precision, on the device.
+
+        """
+        caught: dict[Site, Tensor] = {}
+        handles = [
+            module.register_forward_hook(partial(_catch, site, caught, len(self.modules)))
+            for site, module in self.modules.items()
+        ]
+        try:
+            self.trunk(input_ids=ids_BT, attention_mask=mask_BT)
+        except _AllCaught:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        batch, length = ids_BT.shape
+        return {site: caught[site].reshape(batch, length, self.d_in) for site in self.sites}
+
+
+class _AllCaught(Exception):
+    """Every site has been seen."""
+
+
+def _catch(site: Site, caught: dict[Site, Tensor], wanted: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    caught[site] = output if isinstance(output, Tensor) else output[0]
+    if len(caught) == wanted:
+        raise _AllCaught
+
+
+def load(
+    source: ModelSource,
+    plan: MemoryPlan,
+    sites: Sequence[Site],
+    *,
+    token: str | None = None,
+    allow_unsafe: bool = False,
+) -> LanguageModel:
+    """Bring the model's files here, load it as planned, and free the blocks behind the deepest site.
+
+    Raises:
+        ModelRefused: `model.load_failed`, or as `inspect` and `find_blocks`.
+        HubUnreachable: while its files are fetched.
+        RequestRefused: if a hook site cannot be told.
+        MemoryExhausted: if it does not fit although it was planned to.
+
+    """
+    folder = source.folder
+    if folder is None:
+        from . import hub
+
+        folder = hub.fetch(source.name, str(source.commit), token, allow_unsafe=allow_unsafe)
+    # The lease counts GPUs in the driver's order; CUDA by itself would put the fastest first.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    with _load_errors(source.name):
+        tokenizer = _tokenizer(folder, allow_unsafe)
+        trunk, warnings = _trunk(source, folder, plan, allow_unsafe)
+    trunk.eval().requires_grad_(False)
+    trunk.config.use_cache = False
+    blocks = find_blocks(trunk, source.architecture, source.total_layers)
+    modules = {site: hooked_module(blocks[site.layer], source.architecture, site.hook_site) for site in sites}
+    del blocks[max(site.layer for site in sites) + 1 :]
+    dtype = next(weight.dtype for weight in trunk.parameters() if weight.is_floating_point())
+    device = torch.device(plan.device)
+    return LanguageModel(trunk, tokenizer, source, tuple(sites), device, dtype, modules, warnings)
+
+
+def _tokenizer(folder: Path, allow_unsafe: bool) -> Any:
+    return transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=allow_unsafe, use_fast=True
+    )
+
+
+def _trunk(source: ModelSource, folder: Path, plan: MemoryPlan, allow_unsafe: bool) -> tuple[Any, list[str]]:
+    """The trunk on its device; without quantisation, and with a warning, where quantisation fails."""
+    options: dict[str, Any] = {
+        "local_files_only": True,
+        "trust_remote_code": allow_unsafe,
+        "dtype": getattr(torch, plan.dtype),
+    }
+    if not allow_unsafe:
+        options["use_safetensors"] = True
+    if plan.quantization == "nf4":
+        try:
+            return _loaded(source, folder, options | _nf4(plan.device)), []
+        except (ImportError, RuntimeError, ValueError) as error:
+            logger.warning("quantisation failed, loading without it: %s", error)
+            return _loaded(source, folder, options).to(plan.device), [
+                f"4-bit loading failed ({type(error).__name__}); the model is loaded in {plan.dtype}"
+            ]
+    return _loaded(source, folder, options).to(plan.device), []
+
+
+def _nf4(device: str) -> dict[str, Any]:
+    make: Any = transformers.BitsAndBytesConfig
+    quantization = make(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16,
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def _no_progress_bar() -> None:
+    quiet: Any = transformers.utils.logging.disable_progress_bar
+    quiet()
+
+
+def _loaded(source: ModelSource, folder: Path, options: dict[str, Any]) -> Any:
+    """Of an encoder-decoder only the encoder.
+
+    Raises:
+        ValueError: if the files lack weights: the library would draw them at random, and say so only in a log line.
+    """
+    _no_progress_bar()
+    options |= {"output_loading_info": True}
+    if not source.config.get("is_encoder_decoder"):
+        trunk, report = transformers.AutoModel.from_pretrained(folder, **options)
+    elif source.architecture in TEXT_ENCODERS:
+        trunk, report = transformers.AutoModelForTextEncoding.from_pretrained(folder, **options)
+    else:
+        whole, report = transformers.AutoModel.from_pretrained(folder, **options)
+        trunk = whole.get_encoder()
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(UNUSED))
+    if missing:
+        raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} among them")
+    return trunk
+
+
+@contextmanager
+def _load_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except JobError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, MemoryError) as error:
+        if is_out_of_memory(error):
+            raise MemoryExhausted(
+                f"The memory was exhausted while {name} was loaded", "Use a smaller model or a larger machine."
+            ) from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelRefused(
+            f"{name} cannot be loaded: {reason}",
+            "It must load with transformers' AutoModel and AutoTokenizer, from safetensors, without code of its own.",
+            ErrorCode.MODEL_LOAD_FAILED,
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device, or the machine, has no memory left."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in OUT_OF_MEMORY)
