@@ -4,9 +4,11 @@ Runs the folded SAE over the stored activations in blocks; writes no file and de
 """
 
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mistudio_train.sae.folded import FoldedSAE
@@ -32,8 +34,19 @@ class OrderedRows(Protocol):
         """First row's number and the rows, fp32 [B, d_in]."""
         ...
 
-    def labels(self, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Text, position and token id of rows, int64 [B] each; position and token id are -1 for a whole text."""
+    @property
+    def text_of_row(self) -> NDArray[Any]:
+        """int32 [rows]: which text each row is of."""
+        ...
+
+    @property
+    def position_of_row(self) -> NDArray[Any]:
+        """int32 [rows]: which of its text's tokens; -1 for a whole text."""
+        ...
+
+    @property
+    def token_of_row(self) -> NDArray[Any]:
+        """int32 [rows]: the token's id; -1 for a whole text."""
         ...
 
 
@@ -63,8 +76,14 @@ class Evaluation:
         """The active features of every row, in order."""
         for start, x_BD in self._rows.blocks(self._rows_per_block):
             values_BK, indices_BK = self._sae.encode_sparse(x_BD.to(self._device))
-            text_B, position_B, token_B = self._rows.labels(start, start + len(x_BD))
-            yield TokenFeatures(text_B, position_B, token_B, values_BK.cpu(), indices_BK.cpu())
+            rows = slice(start, start + len(x_BD))
+            yield TokenFeatures(
+                text=_tensor(self._rows.text_of_row[rows]),
+                position=_tensor(self._rows.position_of_row[rows]),
+                token_id=_tensor(self._rows.token_of_row[rows]),
+                values=values_BK.cpu(),
+                indices=indices_BK.cpu(),
+            )
             self._on_progress((start + len(x_BD)) / self._rows.rows)
 
     def _dense_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -72,6 +91,9 @@ class Evaluation:
             there_BD = x_BD.to(self._device)
             acts_BF = self._sae.encode(there_BD)
             self.statistics.update(there_BD, self._sae.decode(acts_BF), acts_BF)
-            text_B, _, _ = self._rows.labels(start, start + len(x_BD))
-            yield acts_BF.cpu(), x_BD, text_B
+            yield acts_BF.cpu(), x_BD, _tensor(self._rows.text_of_row[start : start + len(x_BD)])
             self._on_progress((start + len(x_BD)) / self._rows.rows)
+
+
+def _tensor(labels_B: NDArray[Any]) -> Tensor:
+    return torch.from_numpy(labels_B.astype(np.int64))

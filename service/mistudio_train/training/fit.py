@@ -4,15 +4,17 @@ Joins the store of rows to the trainer; knows no kind, no file but the log, and 
 """
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
 import numpy as np
 import torch
-from mistudio_schemas import StandardSAE, TopKSAE
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mistudio_schemas import StandardSAE, TopKSAE
 from mistudio_train.sae.build import build_sae, recipe_for
 from mistudio_train.sae.figures import EpochFigures, StepFigures
 from mistudio_train.sae.folded import FoldedSAE
@@ -22,6 +24,8 @@ from mistudio_train.sae.trainer import Trainer
 from .reporter import Reporter
 from .training_log import TrainingLog
 
+SMALL_STEP_FLOP = 500_000_000
+"""A step on a CPU with less arithmetic than this is faster on one thread, by far when other work wants the cores."""
 SAMPLE_ROWS = 8192
 """Rows that an SAE sees before its first step, to find scale and centre."""
 
@@ -95,13 +99,26 @@ def fit(
     trainer.prepare(rows.gather(np.sort(trainer.order(0)[:SAMPLE_ROWS])))
     watch = _Watch(trainer, reporter, log, config.name or config.kind, steps_after)
     epochs: list[EpochFigures] = []
-    while not epochs or epochs[-1].stop_reason is None:
-        for batch in trainer.batches():
-            trainer.step(rows.gather(batch))
-            watch.after_step()
-        epochs.append(trainer.end_epoch())
-        watch.after_epoch(epochs[-1])
+    with _threads_for(12 * recipe.batch_size * rows.d_in * (config.hidden_dim or 0)):
+        while not epochs or epochs[-1].stop_reason is None:
+            for batch in trainer.batches():
+                trainer.step(rows.gather(batch))
+                watch.after_step()
+            epochs.append(trainer.end_epoch())
+            watch.after_epoch(epochs[-1])
     return Fitted(trainer.sae.folded().to("cpu"), recipe, epochs, trainer.steps, watch.seconds)
+
+
+@contextmanager
+def _threads_for(flop: int) -> Iterator[None]:
+    """One thread for small steps, whose threads would wait for each other longer than they work."""
+    before = torch.get_num_threads()
+    if flop < SMALL_STEP_FLOP:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Watch:

@@ -1,6 +1,7 @@
 """How the child says where it is: often enough to be seen alive, seldom enough to cost nothing, never more than true.
 
-Only the work itself speaks. Inside one long library call a ticker says that the process lives, not that it moves.
+Only the work itself speaks: inside one long library call a ticker says that the process lives, not that it moves.
+Imports torch only to ask a GPU.
 """
 
 import threading
@@ -10,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import psutil
-import torch
 
 from mistudio_schemas import ModelInfo, Phase
 from mistudio_train.messages import ChildMessage, Loaded, Progress, Warned
@@ -37,10 +37,10 @@ class Reporter:
         self._message = ""
         self._share = (0.0, 0.0)
         self._sent_at = float("-inf")
-        self._device: torch.device | None = None
+        self._device: str | None = None
 
-    def use(self, device: torch.device) -> None:
-        """Report this device's memory from now on."""
+    def use(self, device: str) -> None:
+        """Report this device's memory from now on: `cpu` or `cuda:0`."""
         self._device = device
 
     def enter(self, phase: Phase, message: str, share: tuple[float, float]) -> None:
@@ -88,9 +88,15 @@ class Reporter:
 
     def memory_peak_bytes(self) -> int:
         """The most memory that the job has held: GPU memory, or the process' resident memory on a CPU."""
-        if self._device is not None and self._device.type == "cuda":
+        if self._on_gpu:
+            import torch
+
             return torch.cuda.max_memory_reserved(self._device)
         return peak_resident_bytes()
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self._device is not None and self._device.startswith("cuda")
 
     def _progress(self, done: float, *, moved: bool, message: str | None = None, **figures: Any) -> Progress:
         begin, end = self._share
@@ -99,14 +105,16 @@ class Reporter:
             message=message or self._message,
             progress=begin + (end - begin) * min(1.0, max(0.0, done)),
             moved=moved,
-            device=None if self._device is None else str(self._device),
+            device=self._device,
             memory_allocated_bytes=self._memory_bytes(),
             memory_peak_bytes=self.memory_peak_bytes(),
             **figures,
         )
 
     def _memory_bytes(self) -> int:
-        if self._device is not None and self._device.type == "cuda":
+        if self._on_gpu:
+            import torch
+
             return torch.cuda.memory_allocated(self._device)
         resident: int = psutil.Process().memory_info().rss
         return resident

@@ -3,15 +3,14 @@
 Brings the writers together; each file's format is its own module's.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from mistudio_schemas import CorpusInfo, ModelInfo, SAEResult, StandardSAE, TopKSAE
 
+from mistudio_schemas import CorpusInfo, ModelInfo, SAEResult, StandardSAE, TopKSAE
 from mistudio_train import __version__
 from mistudio_train.messages import JobSpec
 
@@ -24,6 +23,7 @@ from .metadata import Described, Paths, metadata
 from .model_file import write_model_file
 from .reporter import Reporter
 from .saelens import Origin, write_saelens
+from .texts import Texts
 
 Config = StandardSAE | TopKSAE
 
@@ -42,10 +42,8 @@ class Context:
 
     spec: JobSpec
     info: ModelInfo
-    origin: Origin
-    """Of the primary SAE's site; layer and site are replaced for each."""
     corpus: CorpusInfo
-    texts: Sequence[str]
+    texts: Texts
     memory_optimizations: dict[str, Any]
     device: torch.device
 
@@ -93,58 +91,27 @@ def write_result(
     middle = (share[0] + share[1]) / 2
     folder = context.spec.output / place
     folder.mkdir(parents=True, exist_ok=True)
+
+    def on_progress(done: float) -> None:
+        if reporter.due:
+            reporter.say(done)
+
     reporter.enter("evaluating", f"evaluating {config.name}", (share[0], middle))
-    evaluation = Evaluation(fitted.sae, rows, context.device, lambda done: reporter.due and reporter.say(done))
-    bundle = _write_bundle(context, fitted, evaluation, folder)
+    evaluation = Evaluation(fitted.sae, rows, context.device, on_progress)
+    bundle = _write_bundle(context, fitted, evaluation, folder, origin.layer)
     reporter.enter("exporting", f"writing the files of {config.name}", (middle, share[1]))
     if not context.mean_pooled or bundle.truncated:
-        about = {"pooling": context.spec.request.pooling, "model_name": context.info.model_name, "layer": origin.layer}
-        write_features(
-            folder / "features" / "activations.parquet",
-            evaluation.sparse_blocks(),
-            d_sae=fitted.sae.d_sae,
-            max_bytes=context.spec.bundle_max_bytes,
-            about=about,
-        )
+        _write_features(context, evaluation, folder, origin)
     result = _result(context, config, fitted, evaluation, origin, place)
     statistics = evaluation.statistics.result()
     rates_F = torch.tensor(statistics["feature_activation_rates"], dtype=torch.float64)
     write_saelens(folder / "sae", fitted.sae, origin, rates_F)
-    settings = _settings(config, fitted)
-    results = _training_results(fitted, context)
-    info = context.info.model_copy(update={"selected_layer": origin.layer})
-    write_model_file(
-        folder / "sae_model.pt",
-        fitted.sae,
-        config=settings | context.spec.request.model_dump(mode="json", exclude={"huggingface_token", "sae", "saes"}),
-        training_stats=results,
-        sparsity_coeff=settings["sparsity_coeff"],
-        model_info=info.model_dump(mode="json"),
-        memory_optimizations=context.memory_optimizations,
-    )
-    described = Described(
-        job_id=context.spec.job_id,
-        run=context.spec.run,
-        attempt=context.spec.attempt,
-        version=__version__,
-        timestamp=datetime.now(UTC),
-        model_info=info,
-        corpus=context.corpus,
-        pooling=context.spec.request.pooling,
-        sae=result,
-        sae_config=settings,
-        feature_statistics=statistics,
-        bundle=bundle,
-        memory_optimizations=context.memory_optimizations,
-        paths=_paths(context.spec.uri_prefix + place),
-        training_results=results,
-        decisions=DECISIONS | _reinitialization(fitted),
-    )
-    write_json(folder / "metadata.json", metadata(described))
-    return Written(result, bundle, results)
+    _write_model(context, config, fitted, folder, origin)
+    write_json(folder / "metadata.json", metadata(_described(context, config, fitted, result, statistics, bundle)))
+    return Written(result, bundle, _training_results(fitted, context))
 
 
-def _write_bundle(context: Context, fitted: Fitted, evaluation: Evaluation, folder: Path) -> BundleInfo:
+def _write_bundle(context: Context, fitted: Fitted, evaluation: Evaluation, folder: Path, layer: int) -> BundleInfo:
     blocks = evaluation.text_blocks(context.corpus.texts, mean_pooled=context.mean_pooled)
     bundle = write_bundle(
         folder / "feature_activations.pt",
@@ -153,7 +120,7 @@ def _write_bundle(context: Context, fitted: Fitted, evaluation: Evaluation, fold
         total_rows=context.corpus.texts,
         d_sae=fitted.sae.d_sae,
         d_in=fitted.sae.d_in,
-        model_info=context.info.model_dump(mode="json"),
+        model_info=_info(context, layer).model_dump(mode="json"),
         max_bytes=context.spec.bundle_max_bytes,
         complete=context.spec.request.bundle_complete,
         pooling=context.spec.request.pooling,
@@ -161,6 +128,64 @@ def _write_bundle(context: Context, fitted: Fitted, evaluation: Evaluation, fold
     for _ in blocks:  # the statistics are of all rows, also of those that did not fit
         pass
     return bundle
+
+
+def _write_features(context: Context, evaluation: Evaluation, folder: Path, origin: Origin) -> None:
+    about = {"pooling": context.spec.request.pooling, "model_name": context.info.model_name, "layer": origin.layer}
+    write_features(
+        folder / "features" / "activations.parquet",
+        evaluation.sparse_blocks(),
+        d_sae=evaluation.statistics.d_sae,
+        max_bytes=context.spec.bundle_max_bytes,
+        about=about,
+    )
+
+
+def _write_model(context: Context, config: Config, fitted: Fitted, folder: Path, origin: Origin) -> None:
+    settings = _settings(config, fitted)
+    asked = context.spec.request.model_dump(mode="json", exclude={"huggingface_token", "sae", "saes"})
+    write_model_file(
+        folder / "sae_model.pt",
+        fitted.sae,
+        config=asked | settings,
+        training_stats=_training_results(fitted, context),
+        sparsity_coeff=settings["sparsity_coeff"],
+        model_info=_info(context, origin.layer).model_dump(mode="json"),
+        memory_optimizations=context.memory_optimizations,
+    )
+
+
+def _described(
+    context: Context,
+    config: Config,
+    fitted: Fitted,
+    result: SAEResult,
+    statistics: dict[str, Any],
+    bundle: BundleInfo,
+) -> Described:
+    spec = context.spec
+    return Described(
+        job_id=spec.job_id,
+        run=spec.run,
+        attempt=spec.attempt,
+        version=__version__,
+        timestamp=datetime.now(UTC),
+        model_info=_info(context, result.layer_number),
+        corpus=context.corpus,
+        pooling=spec.request.pooling,
+        sae=result,
+        sae_config=_settings(config, fitted),
+        feature_statistics=statistics,
+        bundle=bundle,
+        memory_optimizations=context.memory_optimizations,
+        paths=_paths(result.prefix),
+        training_results=_training_results(fitted, context),
+        decisions=DECISIONS | _reinitialization(fitted),
+    )
+
+
+def _info(context: Context, layer: int) -> ModelInfo:
+    return context.info.model_copy(update={"selected_layer": layer})
 
 
 def _result(

@@ -1,0 +1,180 @@
+"""The child's job, second half: load, extract, then for each SAE train, evaluate and write.
+
+Reads top to bottom as the job goes; each step's substance is in its own module.
+"""
+
+import os
+import time
+from typing import Any, Final
+
+import torch
+from transformers.models.auto import modeling_auto
+
+from mistudio_schemas import StandardSAE, TopKSAE, TrainRequested
+from mistudio_train.messages import Finished, Lease
+from mistudio_train.sae.build import recipe_for
+
+from .activations import ActivationStore
+from .extract import Extraction, extract
+from .files import write_json
+from .fit import fit
+from .language_model import LanguageModel, load
+from .memory_plan import MemoryPlan
+from .reporter import Reporter
+from .results import Context, Written, write_result
+from .run import Accepted
+from .saelens import Origin
+from .sites import Site
+from .tokens import frame_of
+from .training_log import TrainingLog
+
+LOADING: Final = (0.02, 0.05)
+EXTRACTING: Final = (0.05, 0.4)
+TRAINING: Final = (0.4, 1.0)
+FITTING: Final = 0.8
+"""Of an SAE's share, training; the rest is evaluation and files."""
+
+Config = StandardSAE | TopKSAE
+
+
+def carry_out(job: Accepted, reporter: Reporter) -> Finished:
+    """Do the work of an accepted job.
+
+    Raises:
+        JobError: if there is no result.
+    """
+    spec = job.spec
+    reporter.use(job.plan.device)
+    torch.set_num_threads(threads_of(spec.lease))
+    spec.output.mkdir(parents=True, exist_ok=True)
+    (spec.output / "request.json").write_bytes(spec.request.to_json())
+    model = _load(job, reporter)
+    extraction = _extract(job, model, reporter)
+    origins = {site: _origin(model, site, spec.request, extraction.length) for site in model.sites}
+    del model  # its memory is the SAEs' now
+    _free(job.plan)
+    context = Context(
+        spec=spec,
+        info=job.source.info(job.sites.selected_layer),
+        corpus=extraction.corpus,
+        texts=job.texts,
+        memory_optimizations=job.plan.memory_optimizations,
+        device=torch.device(job.plan.device),
+    )
+    written = _train_all(context, job, extraction, origins, reporter)
+    primary = written[0]
+    return Finished(
+        model_info=context.info,
+        corpus=extraction.corpus,
+        saes=[one.result for one in written],
+        training_stats=primary.training_results | primary.result.metrics.model_dump(mode="json"),
+        bundle_rows=primary.bundle.rows,
+        device=job.plan.device,
+        memory_peak_bytes=reporter.memory_peak_bytes(),
+    )
+
+
+def threads_of(lease: Lease) -> int:
+    """Threads of arithmetic: the job's share of the cores, so that jobs side by side do not wait for each other."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, int(cores * lease.memory_share)) if lease.gpu is None else cores
+
+
+def _load(job: Accepted, reporter: Reporter) -> LanguageModel:
+    reporter.enter("loading", f"loading {job.source.name}", LOADING)
+    with reporter.one_call():
+        model = load(
+            job.source,
+            job.plan,
+            job.sites.distinct,
+            token=job.spec.token,
+            allow_unsafe=job.spec.allow_unsafe_models,
+        )
+    for warning in model.warnings:
+        reporter.warn(warning)
+    return model
+
+
+def _extract(job: Accepted, model: LanguageModel, reporter: Reporter) -> Extraction:
+    began = time.monotonic()
+
+    def on_tokenized(done: int, total: int) -> None:
+        if reporter.due:
+            reporter.say(0.0, f"tokenised {done} of {total} texts")
+
+    def on_progress(done: int, total: int) -> None:
+        if reporter.due or done == total:
+            rate = done / (time.monotonic() - began)
+            reporter.say(done / total, f"extracted {done} of {total} tokens", tokens_done=done, tokens_per_second=rate)
+
+    reporter.enter("extracting", f"tokenising {len(job.texts)} texts", EXTRACTING)
+    inputs = model, job.texts, job.spec.request, job.sites.distinct, job.plan
+    extraction = extract(*inputs, job.spec.scratch, on_progress, on_tokenized)
+    if extraction.corpus.tokens_truncated:
+        reporter.warn(f"{extraction.corpus.tokens_truncated} tokens lie beyond the length limit and were not read")
+    return extraction
+
+
+def _train_all(
+    context: Context, job: Accepted, extraction: Extraction, origins: dict[Site, Origin], reporter: Reporter
+) -> list[Written]:
+    configs = job.spec.request.resolved_saes()
+    stores = [extraction.stores[site] for site in job.sites.of_saes]
+    steps = [_steps(config, store, context) for config, store in zip(configs, stores, strict=True)]
+    written = []
+    for position, (config, site) in enumerate(zip(configs, job.sites.of_saes, strict=True)):
+        begin, end = (TRAINING[0] + (TRAINING[1] - TRAINING[0]) * i / len(configs) for i in (position, position + 1))
+        middle = begin + FITTING * (end - begin)
+        place = "" if position == 0 else f"saes/{config.name}/"
+        reporter.enter("training", f"training {config.name}", (begin, middle))
+        with TrainingLog(job.spec.output / place / "training_log.jsonl") as log:
+            fitted = fit(
+                config,
+                stores[position],
+                mean_pooled=context.mean_pooled,
+                device=context.device,
+                reporter=reporter,
+                log=log,
+                steps_after=sum(steps[position + 1 :]),
+            )
+        written.append(
+            write_result(context, config, fitted, stores[position], origins[site], place, reporter, (middle, end))
+        )
+    if len(written) > 1:
+        write_json(job.spec.output / "saes.json", {"saes": [one.result.model_dump(mode="json") for one in written]})
+    return written
+
+
+def _steps(config: Config, store: ActivationStore, context: Context) -> int:
+    return recipe_for(config, rows=store.rows, mean_pooled=context.mean_pooled).total_steps(store.rows)
+
+
+def _free(plan: MemoryPlan) -> None:
+    if plan.device != "cpu":
+        torch.cuda.empty_cache()
+
+
+def _origin(model: LanguageModel, site: Site, request: TrainRequested, length: int) -> Origin:
+    """The site by the path of its module, as SAELens names places in a Hugging Face model."""
+    path = next(name for name, module in model.trunk.named_modules() if module is model.modules[site])
+    causal = is_causal(model.source.architecture)
+    prefix: Any = getattr(model.trunk, "base_model_prefix", "")
+    return Origin(
+        model_name=request.model_name,
+        model_class_name="AutoModelForCausalLM" if causal else "AutoModel",
+        hook_name=f"{prefix}.{path}" if causal and prefix else path,
+        layer=site.layer,
+        hook_site=site.hook_site,
+        context_size=length,
+        prepend_bos=bool(frame_of(model.tokenizer).before),
+        exclude_special_tokens=not request.include_special_tokens,
+        dataset_path=request.corpus_file,
+        pooling=request.pooling,
+        model_revision=model.source.commit,
+    )
+
+
+def is_causal(architecture: str) -> bool:
+    """Whether the family is a decoder: it has a causal head and no masked one, which encoders have."""
+    causal, masked = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return architecture in causal and architecture not in masked

@@ -1,0 +1,71 @@
+"""The child's job, first half: everything that can be refused is refused here, in seconds, before torch is imported.
+
+The second half, `pipeline.carry_out`, does the work. Both know a workspace folder and a pipe, and nothing else outside.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mistudio_train.messages import ChildMessage, Finished, JobSpec
+
+from .corpus import open_corpus
+from .memory_plan import MemoryPlan, plan_memory
+from .model_source import ModelSource, inspect
+from .reporter import Reporter
+from .sites import Sites, resolve_sites
+from .texts import Texts
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A job that can be done, as far as can be told without doing it."""
+
+    spec: JobSpec
+    source: ModelSource
+    sites: Sites
+    plan: MemoryPlan
+    texts: Texts
+
+
+def run_job(spec: JobSpec, send: Callable[[ChildMessage], None]) -> Finished:
+    """Do the job: the files are under `spec.output` when it returns.
+
+    Args:
+        spec: the job.
+        send: takes what there is to say meanwhile.
+
+    Raises:
+        JobError: if there is no result, with the reason and what to do.
+    """
+    reporter = Reporter(send)
+    accepted = accept(spec, reporter)
+    from .pipeline import carry_out  # torch and transformers take seconds to import, which a refusal need not wait for
+
+    return carry_out(accepted, reporter)
+
+
+def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
+    """Judge the job: model, layers, memory, corpus.
+
+    Raises:
+        JobError: if it cannot be done.
+    """
+    request = spec.request
+    reporter.enter("planning", f"looking at {request.model_name}", (0.0, 0.02))
+    with reporter.one_call():
+        source = inspect(
+            request.model_name,
+            request.model_revision,
+            folders=spec.model_folders,
+            token=spec.token,
+            allow_unsafe=spec.allow_unsafe_models,
+        )
+    sites = resolve_sites(request, source.total_layers)
+    plan = plan_memory(source, spec)
+    for warning in (*sites.warnings, *plan.warnings):
+        reporter.warn(warning)
+    reporter.loaded(source.info(sites.selected_layer))
+    reporter.say(0.5, f"reading {request.corpus_file}")
+    spec.scratch.mkdir(parents=True, exist_ok=True)
+    texts = open_corpus(spec.corpus, request.corpus_column, request.corpus_file, spec.scratch)
+    return Accepted(spec, source, sites, plan, texts)
