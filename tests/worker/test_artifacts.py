@@ -132,8 +132,8 @@ def test_a_completed_event_leads_to_the_same_files_and_the_manifest(
 ) -> None:
     refs = upload(store, claim, output)
     ref = write_manifest(store, claim, refs)
-    event = TrainCompleted.model_construct(job_id="job", artifacts=refs, manifest=ref)
-    fetch_run(store, event, tmp_path / "to")
+    what_is_read: dict[str, Any] = {"job_id": "job", "artifacts": refs, "manifest": ref}
+    fetch_run(store, TrainCompleted.model_construct(**what_is_read), tmp_path / "to")
     assert files_in(tmp_path / "to") == FILES | {"manifest.json": store.get_bytes(ref.key)[0]}
 
 
