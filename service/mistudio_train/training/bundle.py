@@ -5,11 +5,11 @@ Owns the file's meaning and its limits, and holds no more than one block of rows
 
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -20,6 +20,20 @@ from .torch_archive import Matrix, Strings, TorchArchive, pickled, torch_archive
 Block = tuple[Tensor, Tensor]
 """Features `acts_BF` and activations `x_BD` of the same consecutive texts."""
 Pooling = Literal["mean", "token"]
+
+
+class TextList(Protocol):
+    """Texts in order, in memory or on disk."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+        ...
+
+    def __iter__(self) -> Iterator[str]:
+        """One after another."""
+        ...
+
+
 MIN_ROWS: Final = 2
 ARCHIVE_BYTES: Final = 4096
 """More than the archive takes beside its pickle and storages."""
@@ -65,7 +79,7 @@ def write_bundle(
     path: Path,
     blocks: Iterable[Block],
     *,
-    texts: Sequence[str],
+    texts: TextList,
     total_rows: int,
     d_sae: int,
     d_in: int,
@@ -113,7 +127,7 @@ def write_bundle(
 def _content(
     rows: int,
     total_rows: int,
-    texts: Sequence[str],
+    texts: TextList,
     d_sae: int,
     d_in: int,
     model_info: Mapping[str, object],
@@ -137,7 +151,7 @@ def _content(
     }
 
 
-def _plan(content: Mapping[str, object], texts: Sequence[str], row_bytes: int, max_bytes: int) -> _Plan:
+def _plan(content: Mapping[str, object], texts: TextList, row_bytes: int, max_bytes: int) -> _Plan:
     """How many of the first rows fit: each takes its text and its part of the two matrices."""
     frame = {**content, "texts": Strings([])}
     size = ARCHIVE_BYTES + sum(len(piece) for piece in pickled(frame))

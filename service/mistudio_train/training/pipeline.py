@@ -57,7 +57,7 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
         spec=spec,
         info=job.source.info(job.sites.selected_layer),
         corpus=extraction.corpus,
-        texts=job.texts,
+        texts=job.texts.first(extraction.corpus.texts),
         memory_optimizations=job.plan.memory_optimizations,
         device=torch.device(job.plan.device),
     )

@@ -3,6 +3,7 @@
 Owns that pair of files; knows no corpus format, no tokenizer and no torch.
 """
 
+import copy
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -62,8 +63,16 @@ class Texts:
         self.sha256 = sha256
         """Of the corpus file, as it was given."""
 
+        self._count = len(self._starts) - 1
+
+    def first(self, count: int) -> "Texts":
+        """The first `count` of them, as a view."""
+        view = copy.copy(self)
+        view._count = min(count, self._count)
+        return view
+
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return self._count
 
     def __getitem__(self, i: int) -> str:
         """The i-th text.

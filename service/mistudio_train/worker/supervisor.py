@@ -99,8 +99,7 @@ class Supervisor:
         claim = await self._claim(message, intake)
         if claim.record.state == "running":
             return await self._run(delivery, claim, intake)
-        logger.info("job %s run %d had ended; its event is looked up", intake.job_id, claim.record.run)
-        return await self._publish_again(delivery, claim, intake)
+        return await self._ended_before(delivery, message, claim, intake)
 
     async def _claim(self, message: Message, intake: Intake) -> Claim:
         """This very message's unpublished run, else a new run of the job."""
@@ -204,10 +203,18 @@ class Supervisor:
             event, source=self._settings.event_source, topics=self._settings.topics, traceparent=intake.traceparent
         )
 
-    async def _publish_again(self, delivery: Delivery, claim: Claim, intake: Intake) -> None:
+    async def _ended_before(self, delivery: Delivery, message: Message, claim: Claim, intake: Intake) -> None:
         """The run had ended when its worker did: its event goes out as it is, if it has not."""
         event, place = claim.ended()
-        await self._finish(delivery, claim, self._record(event, intake), place, look_first=True)
+        record = self._record(event, intake)
+        if self._settings.kafka_transactions and await delivery.is_published(record, place):
+            # Event and offset were committed together, so an offset below the event means that the group was rewound.
+            logger.info("job %s run %d is published: this is a replay", intake.job_id, claim.record.run)
+            await self._patiently(lambda: self._register.published(claim))
+            await self._run(delivery, await self._claim(message, intake), intake)
+        else:
+            logger.info("job %s run %d had ended; its event is published now", intake.job_id, claim.record.run)
+            await self._finish(delivery, claim, record, place, look_first=True)
 
     async def _finish(
         self, delivery: Delivery, claim: Claim, record: KafkaRecord, place: Place, *, look_first: bool = False
