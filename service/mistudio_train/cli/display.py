@@ -125,7 +125,8 @@ def show_end(event: Terminal) -> None:
 
 def sae_table(saes: list[SAEResult]) -> Table:
     """A row an SAE: how good it is, and where it lies."""
-    table = Table("SAE", "layer", "latents", "epochs", "loss", "L0", "FVU", "dead", "files", box=None)
+    table = Table("SAE", "layer", "latents", "epochs", "loss", "L0", "FVU", "dead", box=None)
+    table.add_column("files", overflow="fold")  # a path is for copying: never cut
     for sae in saes:
         metrics = sae.metrics
         table.add_row(

@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+import signal
+import sys
 from typing import Annotated
 
 import typer
@@ -26,6 +28,7 @@ def serve() -> None:
     setup_logging(settings.logging)
     from mistudio_train.worker import app
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the web server hands it on when all is closed in good order
     asyncio.run(app.serve(settings))
 
 
