@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mistudio_schemas import ErrorCode
@@ -204,7 +205,7 @@ def _load_errors(name: str) -> Iterator[None]:
         yield
     except JobError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, MemoryError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, MemoryError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise MemoryExhausted(
                 f"The memory was exhausted while {name} was loaded", "Use a smaller model or a larger machine."

@@ -100,7 +100,7 @@ def plan_memory(source: ModelSource, spec: JobSpec, device: Device | None = None
 def trunk_shapes(source: ModelSource, token: str | None = None) -> dict[str, tuple[int, ...]]:
     """The shapes of the weights that will be loaded: no head, and of an encoder-decoder only the encoder."""
     shapes = source.parameter_shapes(token) or _estimated_shapes(source)
-    skipped: tuple[str, ...] = ("lm_head.", "cls.", "score.", "classifier.")
+    skipped: tuple[str, ...] = ("lm_head.", "embed_out.", "cls.", "score.", "classifier.")
     if source.config.get("is_encoder_decoder"):
         skipped = (*skipped, "decoder.", "model.decoder.")
     return {name: shape for name, shape in shapes.items() if not name.startswith(skipped)}

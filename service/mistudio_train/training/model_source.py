@@ -30,6 +30,8 @@ OFFSET_POSITIONS: Final = (
 )
 """Families whose first position is the one after the padding token's id."""
 RELATIVE_POSITIONS: Final = ("t5", "mt5", "umt5", "longt5", "bloom", "mpt")
+MAX_HEAD_BYTES: Final = 100 * 1024**2
+"""The format's own bound of a file's head."""
 HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
 
 
@@ -249,8 +251,19 @@ def _refuse_pickles(source: ModelSource) -> None:
 
 
 def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """The head of a safetensors file: eight bytes of length, then JSON of each tensor's type, shape and place."""
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        head = json.loads(file.read(min(length, 100 * 1024**2)))
-    return {name: tuple(entry["shape"]) for name, entry in head.items() if name != "__metadata__"}
+    """The head of a safetensors file: eight bytes of length, then JSON of each tensor's type, shape and place.
+
+    Raises:
+        ModelRefused: `model.load_failed`, if it is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            head = json.loads(file.read(min(length, MAX_HEAD_BYTES)))
+        return {name: tuple(entry["shape"]) for name, entry in head.items() if name != "__metadata__"}
+    except (struct.error, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ModelRefused(
+            f"{path.name} is no whole safetensors file",
+            "Save or download the model again.",
+            ErrorCode.MODEL_LOAD_FAILED,
+        ) from error
