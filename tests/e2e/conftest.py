@@ -85,7 +85,7 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
         "default-layer": {key: value for key, value in base.items() if key != "layer_number"} | {"model_name": decoder},
         "same-again": base | {"model_name": decoder},
         "layer-out-of-range": base | {"model_name": decoder, "layer_number": LAYERS},
-        "no-corpus": base | {"model_name": decoder, "corpus_file": "corpus.tx"},
+        "no-corpus": base | {"model_name": decoder, "corpus_file": "corpse.txt"},
         "no-model": base | {"model_name": "nobody/has-this-model"},
         "foreign-model": base | {"model_name": "/etc"},
         "too-wide": base | {"model_name": decoder, "hidden_dim": 40_000},
@@ -99,7 +99,7 @@ def prepare(folder: Path, store: Store) -> None:
     for family in ("llama", "bert"):
         tiny_model(family, folder / family, num_hidden_layers=LAYERS)
     wide = tiny_model("llama", folder / "wide")
-    config = json.loads((wide / "config.json").read_text()) | {"hidden_size": 16_384, "intermediate_size": 16_384}
+    config = json.loads((wide / "config.json").read_text()) | {"hidden_size": 65_536}
     (wide / "config.json").write_text(json.dumps(config))
     (folder / "corpus.txt").write_text("\n".join(corpus_texts()) + "\n\n")
     (folder / "latin.txt").write_bytes("good\ncaf\u00e9\n".encode("latin-1"))

@@ -132,7 +132,7 @@ async def test_the_same_request_gives_the_same_weights(world: World) -> None:
     ("job", "code", "says", "hint"),
     [
         ("layer-out-of-range", ErrorCode.REQUEST_LAYER_OUT_OF_RANGE, "0..5", "0..5"),
-        ("no-corpus", ErrorCode.CORPUS_NOT_FOUND, "corpus.tx", "corpus.txt"),
+        ("no-corpus", ErrorCode.CORPUS_NOT_FOUND, "corpse.txt", "corpus.txt"),
         ("no-model", ErrorCode.MODEL_NOT_FOUND, "nobody/has-this-model", ""),
         ("foreign-model", ErrorCode.MODEL_NOT_ALLOWED, "", ""),
         ("too-wide", ErrorCode.REQUEST_OUT_OF_RANGE, "Hidden dimension too large (max 32768)", "Correct the field"),

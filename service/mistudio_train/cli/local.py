@@ -9,19 +9,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from mistudio_schemas import ArtifactRef, TrainCompleted, TrainFailed, TrainProgress, TrainRequested
-from mistudio_train import __version__
 from mistudio_train.errors import JobError
 from mistudio_train.gpu import list_gpus
-from mistudio_train.messages import Failed, Finished, JobSpec, Lease, Logging
+from mistudio_train.messages import JobSpec, Lease, Logging
 from mistudio_train.settings import Settings
 from mistudio_train.worker.artifacts import MANIFEST, MEDIA_TYPES, Manifest
-from mistudio_train.worker.child import Child, redact
+from mistudio_train.worker.child import Child
 from mistudio_train.worker.child_main import train
 from mistudio_train.worker.devices import Devices
 from mistudio_train.worker.objects import OCTETS
+from mistudio_train.worker.outcome import Who, completed, failed
 from mistudio_train.worker.progress import ProgressFeed
 
 Listen = Callable[[TrainProgress], None]
@@ -60,30 +59,25 @@ async def train_here(job: LocalJob, listen: Listen) -> TrainCompleted | TrainFai
     async def tell(status: TrainProgress) -> None:
         listen(status)
 
-    feed = ProgressFeed(tell, TrainProgress(**_who(job), status="running", phase="accepting"))
+    who = Who(job.job_id, RUN, ATTEMPT, job.settings.worker_id)
+    feed = ProgressFeed(tell, TrainProgress(**vars(who), status="running", phase="accepting"))
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=job.to, prefix=".run-") as workspace:
         try:
             async with Devices(list_gpus, 1, job.settings.cuda_memory_fraction).lease(job.request.gpu_id) as lease:
-                last = await _last_word(_spec(job, Path(workspace), lease, token), job.settings, feed)
+                spec = _spec(job, Path(workspace), lease, token)
+                async with Child(spec, job.settings.stall_seconds, job.settings.loading_stall_seconds, train) as child:
+                    finished = await child.result(feed.hear)
+                files = await asyncio.to_thread(_deliver, job, Path(workspace) / "output")
+            manifest = files.pop(MANIFEST)
+            seconds, warnings = time.monotonic() - began, feed.current.warnings
+            event: TrainCompleted | TrainFailed = completed(
+                who, finished, list(files.values()), manifest, warnings=warnings, seconds=seconds
+            )
         except JobError as error:
-            last = Failed(error.code, str(error), error.hint, error.retryable, error.traceback)
-        if isinstance(last, Failed):
-            event: TrainCompleted | TrainFailed = _failed(job, last, feed.current, token)
-        else:
-            files = await asyncio.to_thread(_deliver, job, Path(workspace) / "output")
-            event = _completed(job, last, files, feed.current, time.monotonic() - began)
+            event = failed(who, error, feed.current, attempts=1)
     await feed.close(phase="ended", status=event.status, message=event.message)
     return event
-
-
-async def _last_word(spec: JobSpec, settings: Settings, feed: ProgressFeed) -> Finished | Failed:
-    async with Child(spec, settings.stall_seconds, settings.loading_stall_seconds, train) as child:
-        async for message in child.messages():
-            feed.hear(message)
-            if isinstance(message, Finished | Failed):
-                return message
-    raise AssertionError("a child's messages end with its last word, or with an error")
 
 
 def _spec(job: LocalJob, workspace: Path, lease: Lease, token: str | None) -> JobSpec:
@@ -135,54 +129,4 @@ def _ref(job: LocalJob, name: str, path: Path) -> ArtifactRef:
         size=path.stat().st_size,
         sha256=digest,
         media_type=MEDIA_TYPES.get(path.suffix, OCTETS),
-    )
-
-
-def _who(job: LocalJob) -> dict[str, Any]:
-    return {"job_id": job.job_id, "run": RUN, "attempt": ATTEMPT, "worker": job.settings.worker_id}
-
-
-def _failed(job: LocalJob, why: Failed, now: TrainProgress, token: str | None) -> TrainFailed:
-    return TrainFailed(
-        **_who(job),
-        progress=now.progress,
-        current_epoch=now.current_epoch,
-        current_loss=now.current_loss,
-        model_info=now.model_info,
-        message=redact(why.message, token),
-        code=why.code,
-        hint=redact(why.hint, token),
-        retryable=why.retryable,
-        traceback=[redact(line, token) for line in why.traceback],
-        phase=now.phase,
-    )
-
-
-def _completed(
-    job: LocalJob, finished: Finished, files: dict[str, ArtifactRef], now: TrainProgress, seconds: float
-) -> TrainCompleted:
-    primary = finished.saes[0]
-    return TrainCompleted(
-        **_who(job),
-        current_epoch=primary.epochs_trained,
-        current_loss=primary.metrics.final_loss,
-        estimated_time_remaining=0,
-        message=f"{len(finished.saes)} SAE{'s' if len(finished.saes) > 1 else ''} trained",
-        model_info=finished.model_info,
-        model_path=files["sae_model.pt"].uri,
-        activations_path=files["feature_activations.pt"].uri,
-        metadata_path=files["metadata.json"].uri,
-        training_stats=finished.training_stats,
-        feature_count=primary.feature_count,
-        ready_for_find_service=True,
-        saes=finished.saes,
-        corpus=finished.corpus,
-        manifest=files[MANIFEST],
-        artifacts=[ref for name, ref in files.items() if name != MANIFEST],
-        bundle_rows=finished.bundle_rows,
-        warnings=now.warnings,
-        device=finished.device,
-        duration_seconds=seconds,
-        memory_peak_bytes=finished.memory_peak_bytes,
-        version=__version__,
     )

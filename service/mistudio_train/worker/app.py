@@ -64,6 +64,7 @@ def build_app(settings: Settings, job: Job = train) -> AsgiFastStream:
 
     return AsgiFastStream(
         broker,
+        logger=logging.getLogger("faststream"),
         asgi_routes=http.routes(store, slots, metrics, list_gpus),
         asyncapi_path="/asyncapi",
         specification=AsyncAPI(title=SERVICE, version=__version__),
@@ -101,6 +102,7 @@ def _broker(settings: Settings) -> KafkaBroker:
         max_request_size=kafka.MAX_MESSAGE_BYTES,
         allow_auto_create_topics=False,
         client_id=settings.worker_id,
+        logger=logging.getLogger("faststream"),
     )
 
 

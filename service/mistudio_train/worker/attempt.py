@@ -13,17 +13,17 @@ from typing import Any
 from pydantic import SecretStr
 
 from mistudio_schemas import ArtifactRef, TrainCompleted, TrainRequested
-from mistudio_train import __version__
-from mistudio_train.errors import ChildFailed, DiskFull, JobError, RequestRefused
-from mistudio_train.messages import Failed, Finished, JobSpec, Lease, Warned
+from mistudio_train.errors import DiskFull, RequestRefused
+from mistudio_train.messages import ChildMessage, Finished, JobSpec, Lease, Warned
 from mistudio_train.settings import Settings
 
 from .artifacts import upload, write_manifest
-from .child import Child, redact
+from .child import Child
 from .child_main import Job
 from .corpora import fetch_corpus
 from .devices import Devices
 from .intake import Intake
+from .outcome import Who, completed
 from .progress import CHILD_SHARE, ProgressFeed
 from .register import Claim
 from .store import Store
@@ -41,6 +41,7 @@ class Attempt:
         settings: Settings,
         store: Store,
         devices: Devices,
+        who: Who,
         claim: Claim,
         intake: Intake,
         feed: ProgressFeed,
@@ -48,7 +49,7 @@ class Attempt:
         job: Job,
     ) -> None:
         self._settings, self._store, self._devices = settings, store, devices
-        self._claim, self._feed, self._patiently, self._job = claim, feed, patiently, job
+        self._who, self._claim, self._feed, self._patiently, self._job = who, claim, feed, patiently, job
         assert intake.request is not None  # the supervisor has refused it otherwise
         self._request: TrainRequested = intake.request
         self._token = self._hub_token(intake)
@@ -59,13 +60,11 @@ class Attempt:
         """Do it.
 
         Raises:
-            JobError: if there is no result; no secret is in its text.
+            JobError: if there is no result.
 
         """
         try:
             return await self._run()
-        except JobError as error:
-            raise self._without_token(error) from None
         except OSError as error:
             if error.errno == 28:
                 raise DiskFull("the workspace's disk is full", "Free space below DATA_PATH.") from error
@@ -80,7 +79,8 @@ class Attempt:
         async with self._devices.lease(self._request.gpu_id) as lease:
             finished = await self._train(self._spec(corpus, lease))
         artifacts, manifest = await self._deliver_files()
-        return self._completed(finished, artifacts, manifest)
+        warnings, seconds = self._feed.current.warnings, self._claim.record.age_seconds()
+        return completed(self._who, finished, artifacts, manifest, warnings=warnings, seconds=seconds)
 
     async def _fetch_corpus(self) -> Path:
         self._feed.say(phase="fetching", message=f"fetching the corpus {self._request.corpus_file}")
@@ -94,21 +94,12 @@ class Attempt:
         stalls = self._settings.stall_seconds, self._settings.loading_stall_seconds
         async with Child(spec, *stalls, self._job) as child:
             logger.info("job %s: process %s on %s", spec.job_id, child.pid, _device(spec.lease))
-            async for message in child.messages():
-                if isinstance(message, Warned):
-                    logger.warning("job %s: %s", spec.job_id, message.message)
-                self._feed.hear(message)
-                if isinstance(message, Failed):
-                    raise ChildFailed(
-                        message.message,
-                        message.hint,
-                        message.code,
-                        retryable=message.retryable,
-                        traceback=message.traceback,
-                    )
-                if isinstance(message, Finished):
-                    return message
-        raise AssertionError("a child's messages end with its last word, or with an error")
+            return await child.result(self._hear)
+
+    def _hear(self, message: ChildMessage) -> None:
+        if isinstance(message, Warned):
+            logger.warning("job %s: %s", self._who.job_id, message.message)
+        self._feed.hear(message)
 
     async def _deliver_files(self) -> tuple[list[ArtifactRef], ArtifactRef]:
         self._feed.say(phase="uploading", message="uploading the artifacts", progress=CHILD_SHARE)
@@ -144,38 +135,6 @@ class Attempt:
             logging=settings.logging,
         )
 
-    def _completed(self, finished: Finished, artifacts: list[ArtifactRef], manifest: ArtifactRef) -> TrainCompleted:
-        by_name = {artifact.name: artifact.uri for artifact in artifacts}
-        record, now = self._claim.record, self._feed.current
-        primary = finished.saes[0]
-        return TrainCompleted(
-            job_id=record.job_id,
-            run=record.run,
-            attempt=self._claim.attempt,
-            worker=self._settings.worker_id,
-            current_epoch=primary.epochs_trained,
-            current_loss=primary.metrics.final_loss,
-            estimated_time_remaining=0,
-            message=f"{len(finished.saes)} SAE{'s' if len(finished.saes) > 1 else ''} trained",
-            model_info=finished.model_info,
-            model_path=by_name["sae_model.pt"],
-            activations_path=by_name["feature_activations.pt"],
-            metadata_path=by_name["metadata.json"],
-            training_stats=finished.training_stats,
-            feature_count=primary.feature_count,
-            ready_for_find_service=True,
-            saes=finished.saes,
-            corpus=finished.corpus,
-            manifest=manifest,
-            artifacts=artifacts,
-            bundle_rows=finished.bundle_rows,
-            warnings=now.warnings,
-            device=finished.device,
-            duration_seconds=record.age_seconds(),
-            memory_peak_bytes=finished.memory_peak_bytes,
-            version=__version__,
-        )
-
     def _hub_token(self, intake: Intake) -> SecretStr | None:
         if intake.token is not None:
             return intake.token
@@ -186,16 +145,6 @@ class Attempt:
                 f"this worker holds no token named {self._request.token_name}",
                 "Ask the operator to set HF_TOKEN_<NAME>, or leave token_name out.",
             ) from None
-
-    def _without_token(self, error: JobError) -> JobError:
-        secret = self._token.get_secret_value() if self._token else None
-        return ChildFailed(
-            redact(str(error), secret),
-            redact(error.hint, secret),
-            error.code,
-            retryable=error.retryable,
-            traceback=[redact(line, secret) for line in error.traceback],
-        )
 
 
 def _device(lease: Lease) -> str:

@@ -12,11 +12,11 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from multiprocessing.connection import Connection
 from typing import Self
 
-from mistudio_train.errors import ChildDied, ChildStalled
+from mistudio_train.errors import ChildDied, ChildFailed, ChildStalled
 from mistudio_train.messages import ChildMessage, Failed, Finished, JobSpec, Progress
 
 from .child_main import Job, child_main, train
@@ -83,6 +83,25 @@ class Child:
                 self._process.kill()
                 os.killpg(self._process.pid, signal.SIGKILL)
 
+    async def result(self, hear: Callable[[ChildMessage], None]) -> Finished:
+        """Wait for the child's work.
+
+        Args:
+            hear: takes each message.
+
+        Raises:
+            ChildFailed: if the child says why it cannot go on; its token is in no text of it.
+            ChildStalled, ChildDied: as `messages`.
+
+        """
+        async for message in self.messages():
+            hear(message)
+            if isinstance(message, Failed):
+                raise self._failed(message)
+            if isinstance(message, Finished):
+                return message
+        raise AssertionError("a child's messages end with its last word, or with an error")
+
     async def messages(self) -> AsyncIterator[ChildMessage]:
         """What the child says; the last one is `Finished` or `Failed`.
 
@@ -108,6 +127,16 @@ class Child:
             yield message
             if isinstance(message, Finished | Failed):
                 return
+
+    def _failed(self, said: Failed) -> ChildFailed:
+        token = self._spec.token
+        return ChildFailed(
+            redact(said.message, token),
+            redact(said.hint, token),
+            said.code,
+            retryable=said.retryable,
+            traceback=[redact(line, token) for line in said.traceback],
+        )
 
     def _stalled(self, phase: str, limit: float) -> ChildStalled:
         return ChildStalled(

@@ -92,8 +92,8 @@ class Delivery:
         partition = DefaultPartitioner()(record.key, partitions, partitions)
         where = TopicPartition(record.topic, partition)
         reader = kafka.reader(self._settings)
-        await reader.start()
         try:
+            await reader.start()
             return Place(record.topic, partition, (await reader.end_offsets([where]))[where])
         finally:
             await reader.stop()
@@ -182,8 +182,8 @@ class Delivery:
         """Whether the committed record lies at the place, whichever worker put it there."""
         where = TopicPartition(place.topic, place.partition)
         reader = kafka.reader(self._settings)
-        await reader.start()
         try:
+            await reader.start()
             reader.assign([where])
             reader.seek(where, place.end_offset)
             end = (await reader.end_offsets([where]))[where]

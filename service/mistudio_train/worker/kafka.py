@@ -6,15 +6,17 @@ FastStream is the bus; the raw clients here are for what it has not: transaction
 import logging
 import ssl
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError, for_code
-from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
 
 from mistudio_train.settings import Settings
+
+if TYPE_CHECKING:
+    from faststream.security import BaseSecurity
 
 logger = logging.getLogger(__name__)
 
@@ -48,8 +50,11 @@ def client_options(settings: Settings) -> dict[str, Any]:
     return options
 
 
-def faststream_security(settings: Settings) -> BaseSecurity | None:
+def faststream_security(settings: Settings) -> "BaseSecurity | None":
     """The same for FastStream's broker."""
+    # clients that only submit or watch need not wait for FastStream
+    from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
+
     context = ssl_context(settings)
     if settings.kafka_security_protocol == "PLAINTEXT":
         return None

@@ -16,7 +16,6 @@ from aiokafka.errors import KafkaError
 
 from mistudio_schemas import (
     KafkaRecord,
-    TrainFailed,
     TrainProgress,
     record_for,
 )
@@ -31,6 +30,7 @@ from .delivery import Delivery, Group, PartitionLost, Place
 from .devices import Devices
 from .intake import Intake, Message, NotARequest
 from .metrics import Metrics
+from .outcome import Who, failed
 from .progress import ProgressFeed
 from .register import Claim, Register, RunLost
 from .run_record import Terminal
@@ -134,20 +134,17 @@ class Supervisor:
             try:
                 if intake.request is None:
                     raise intake.refusal or JobError("no request", "This is a defect of the worker.")
-                attempt = Attempt(
-                    self._settings, self._store, self._devices, claim, intake, feed, self._patiently, self._job
-                )
-                return claim, await attempt.run()
+                return claim, await self._attempt(claim, intake, feed).run()
             except (RunLost, PartitionLost):
                 raise
             except Exception as unexpected:
                 error = _as_job_error(unexpected)
                 claim = await self._failed_attempt(claim, error)
-                failed = claim.failed_attempts
-                if not error.retryable or failed >= self._settings.max_attempts:
-                    return claim, self._failure(claim, error, feed)
-                delay = BACKOFF_SECONDS[min(failed - 1, len(BACKOFF_SECONDS) - 1)]
-                logger.warning("job %s: %s; attempt %d in %.0f s", claim.record.job_id, error, failed + 1, delay)
+                tried = claim.failed_attempts
+                if not error.retryable or tried >= self._settings.max_attempts:
+                    return claim, failed(self._who(claim), error, feed.current, claim.failed_attempts)
+                delay = BACKOFF_SECONDS[min(tried - 1, len(BACKOFF_SECONDS) - 1)]
+                logger.warning("job %s: %s; attempt %d in %.0f s", claim.record.job_id, error, tried + 1, delay)
                 feed.say(message=f"{error}; tried again in {delay:.0f} s")
                 await asyncio.sleep(delay)
                 claim = await self._next_attempt(claim)
@@ -155,7 +152,7 @@ class Supervisor:
 
     def _attempt(self, claim: Claim, intake: Intake, feed: ProgressFeed) -> Attempt:
         outside = self._settings, self._store, self._devices
-        return Attempt(*outside, claim, intake, feed, self._patiently, self._job)
+        return Attempt(*outside, self._who(claim), claim, intake, feed, self._patiently, self._job)
 
     async def _failed_attempt(self, claim: Claim, error: JobError) -> Claim:
         return await self._patiently(lambda: self._register.attempt_failed(claim, error.code, str(error)))
@@ -163,40 +160,17 @@ class Supervisor:
     async def _next_attempt(self, claim: Claim) -> Claim:
         return await self._patiently(lambda: self._register.take_over(claim, self._settings.worker_id))
 
-    def _failure(self, claim: Claim, error: JobError, feed: ProgressFeed) -> TrainFailed:
-        now = feed.current
-        return TrainFailed(
-            **self._identity(claim),
-            progress=now.progress,
-            current_epoch=now.current_epoch,
-            current_loss=now.current_loss,
-            model_info=now.model_info,
-            message=str(error),
-            code=error.code,
-            hint=error.hint,
-            retryable=error.retryable,
-            attempts=claim.failed_attempts,
-            traceback=error.traceback,
-            phase=now.phase,
-        )
-
     def _first_event(self, claim: Claim, intake: Intake) -> TrainProgress:
         return TrainProgress(
-            **self._identity(claim),
+            **vars(self._who(claim)),
             status="running",
             phase="accepting",
             message="a worker has taken the job",
             unknown_fields=intake.unknown,
         )
 
-    def _identity(self, claim: Claim) -> dict[str, object]:
-        record = claim.record
-        return {
-            "job_id": record.job_id,
-            "run": record.run,
-            "attempt": claim.attempt,
-            "worker": self._settings.worker_id,
-        }
+    def _who(self, claim: Claim) -> Who:
+        return Who(claim.record.job_id, claim.record.run, claim.attempt, self._settings.worker_id)
 
     def _record(self, event: Terminal, intake: Intake) -> KafkaRecord:
         return record_for(

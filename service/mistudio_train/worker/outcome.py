@@ -1,0 +1,75 @@
+"""How a run ends, as events: one place for both ways to run a job, from Kafka and right here."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mistudio_schemas import ArtifactRef, TrainCompleted, TrainFailed, TrainProgress
+from mistudio_train import __version__
+from mistudio_train.errors import JobError
+from mistudio_train.messages import Finished
+
+
+@dataclass(frozen=True)
+class Who:
+    """Of which run an event speaks, and who says it."""
+
+    job_id: str
+    run: int
+    attempt: int
+    worker: str
+
+
+def completed(
+    who: Who,
+    finished: Finished,
+    artifacts: Sequence[ArtifactRef],
+    manifest: ArtifactRef,
+    *,
+    warnings: list[str],
+    seconds: float,
+) -> TrainCompleted:
+    """The event of a run whose files are where `artifacts` say."""
+    uri = {artifact.name: artifact.uri for artifact in artifacts}
+    primary = finished.saes[0]
+    return TrainCompleted(
+        **vars(who),
+        current_epoch=primary.epochs_trained,
+        current_loss=primary.metrics.final_loss,
+        estimated_time_remaining=0,
+        message=f"{len(finished.saes)} SAE{'s' if len(finished.saes) > 1 else ''} trained",
+        model_info=finished.model_info,
+        model_path=uri["sae_model.pt"],
+        activations_path=uri["feature_activations.pt"],
+        metadata_path=uri["metadata.json"],
+        training_stats=finished.training_stats,
+        feature_count=primary.feature_count,
+        ready_for_find_service=True,
+        saes=finished.saes,
+        corpus=finished.corpus,
+        manifest=manifest,
+        artifacts=list(artifacts),
+        bundle_rows=finished.bundle_rows,
+        warnings=warnings,
+        device=finished.device,
+        duration_seconds=seconds,
+        memory_peak_bytes=finished.memory_peak_bytes,
+        version=__version__,
+    )
+
+
+def failed(who: Who, error: JobError, now: TrainProgress, attempts: int) -> TrainFailed:
+    """The event of a run that ended for `error` when it stood as `now` says."""
+    return TrainFailed(
+        **vars(who),
+        progress=now.progress,
+        current_epoch=now.current_epoch,
+        current_loss=now.current_loss,
+        model_info=now.model_info,
+        message=str(error),
+        code=error.code,
+        hint=error.hint,
+        retryable=error.retryable,
+        attempts=attempts,
+        traceback=error.traceback,
+        phase=now.phase,
+    )
