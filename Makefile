@@ -15,6 +15,8 @@ DEV := $(VENV)/.installed-dev
 ifneq ($(UV),)
 CREATE = $(UV) venv --quiet --python "$(PYTHON)" $(VENV)
 INSTALL = $(UV) pip install --python $(BIN)/python
+# pip compiles by itself; without it each of the tests' many processes would compile PyTorch again where caches are off
+COMPILE = --compile-bytecode
 else
 CREATE = "$(PYTHON)" -m venv $(VENV)
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
@@ -69,5 +71,5 @@ $(DEMO): $(PINS) | $(BIN)/python
 	@touch $@
 
 $(DEV): $(DEMO)
-	$(INSTALL) -c constraints.txt -e ./schemas -e '.[test,check,demo]'
+	$(INSTALL) $(COMPILE) -c constraints.txt -e ./schemas -e '.[test,check,demo]'
 	@touch $@

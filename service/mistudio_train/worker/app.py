@@ -64,7 +64,7 @@ def build_app(settings: Settings, job: Job = train) -> AsgiFastStream:
 
     return AsgiFastStream(
         broker,
-        logger=logging.getLogger("faststream"),
+        logger=None,
         asgi_routes=http.routes(store, slots, metrics, list_gpus),
         asyncapi_path="/asyncapi",
         specification=AsyncAPI(title=SERVICE, version=__version__),
@@ -102,7 +102,8 @@ def _broker(settings: Settings) -> KafkaBroker:
         max_request_size=kafka.MAX_MESSAGE_BYTES,
         allow_auto_create_topics=False,
         client_id=settings.worker_id,
-        logger=logging.getLogger("faststream"),
+        logger=logging.getLogger(f"{__name__}.bus"),
+        log_level=logging.DEBUG,  # "received" and "processed", which the supervisor says better
     )
 
 
