@@ -1,9 +1,8 @@
 """Rows of activations in shards on the scratch disk: written by position, read in blocks or gathered at random.
 
-Resident memory stays bounded however many rows there are; knows no model, no tokenizer and no SAE.
+Resident memory does not grow with the rows; knows no model, no tokenizer and no SAE.
 """
 
-import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,10 +21,6 @@ from .disk import disk_errors
 from .tokens import RowIndex
 
 SHARD_BYTES: Final = 256 * 1024**2
-FAULT_BYTES: Final = 64 * 1024
-"""What the system maps around a page that is touched, and counts as ours."""
-RESIDENT_BYTES: Final = 64 * 1024**2
-"""Mapped pages are given back when so many may be resident."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +96,14 @@ class ActivationWriter:
 
 
 class ActivationStore:
-    """The rows of one site, read-only. Rows of a text are contiguous, in the order of its tokens."""
+    """The rows of one site, read-only. Rows of a text are contiguous, in the order of its tokens.
+
+    Read, not mapped: a fault in a mapped file may bring in megabytes around the row, which count as the process' own.
+    """
 
     def __init__(self, folder: Path, layout: Layout, index: RowIndex) -> None:
         self.folder, self.layout, self.index = folder, layout, index
         self._shards = layout.open(folder, os.O_RDONLY)
-        # Copy-on-write, and never written: torch wants memory that it could write to.
-        self._maps = [mmap.mmap(shard, 0, access=mmap.ACCESS_COPY) for shard in self._shards]
-        self._views = [torch.frombuffer(m, dtype=layout.dtype).view(-1, layout.d_in) for m in self._maps]
-        self._resident = 0
 
     @property
     def rows(self) -> int:
@@ -146,11 +140,15 @@ class ActivationStore:
         Raises:
             IndexError: if a row is not there.
         """
-        index_B = torch.from_numpy(np.ascontiguousarray(indices, np.int64))
+        index_B = np.asarray(indices, np.int64)
         if len(index_B) and not 0 <= int(index_B.min()) <= int(index_B.max()) < self.rows:
             raise IndexError(f"rows are 0..{self.rows - 1}")
-        rows_BD = self._views[0].index_select(0, index_B) if len(self._views) == 1 else self._gathered(index_B)
-        self._count(len(index_B) * max(FAULT_BYTES, self.layout.row_bytes))
+        rows_BD = torch.empty(len(index_B), self.d_in, dtype=self.layout.dtype)
+        buffer, size = _bytes_of(rows_BD), self.layout.row_bytes
+        shard_B, row_B = np.divmod(index_B, self.layout.shard_rows)
+        places = zip(shard_B.tolist(), (row_B * size).tolist(), range(0, len(buffer), size), strict=True)
+        for shard, offset, at in sorted(places):  # in the disk's order
+            _read_all(self._shards[shard], buffer[at : at + size], offset)
         return rows_BD.to(torch.float32)
 
     def blocks(self, rows_per_block: int) -> Iterator[tuple[int, Tensor]]:
@@ -170,28 +168,9 @@ class ActivationStore:
 
     def close(self) -> None:
         """Let the shards go; reading afterwards fails."""
-        self._views.clear()
-        self._maps.clear()
         for shard in self._shards:
             os.close(shard)
         self._shards = []
-
-    def _gathered(self, index_B: Tensor) -> Tensor:
-        shard_B = index_B // self.layout.shard_rows
-        row_B = index_B - shard_B * self.layout.shard_rows
-        rows_BD = torch.empty(len(index_B), self.d_in, dtype=self.layout.dtype)
-        for shard in set(shard_B.tolist()):
-            of_shard = (shard_B == shard).nonzero()[:, 0]
-            rows_BD[of_shard] = self._views[shard].index_select(0, row_B[of_shard])
-        return rows_BD
-
-    def _count(self, touched: int) -> None:
-        """Give mapped pages back before they add up; they stay in the system's cache."""
-        self._resident += touched
-        if self._resident > RESIDENT_BYTES < self.rows * self.layout.row_bytes:
-            for mapped in self._maps:
-                mapped.madvise(mmap.MADV_DONTNEED)
-            self._resident = 0
 
 
 def _bytes_of(rows_ND: Tensor) -> memoryview:
@@ -207,8 +186,7 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 def _read_all(fd: int, buffer: memoryview, offset: int) -> None:
-    while buffer:
-        read = os.preadv(fd, [buffer], offset)
+    while (read := os.preadv(fd, [buffer], offset)) < len(buffer):
         if not read:
             raise EOFError("a shard of activations is shorter than its rows")
         buffer, offset = buffer[read:], offset + read
