@@ -3,7 +3,7 @@
 A field that is `null` takes the request's field of the same name, or the kind's own recipe where its docstring says so.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints
 
@@ -30,6 +30,10 @@ class SAEFields(Contract):
     """Passes over the activations; `null`: the request's."""
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
     """Seeds initialisation and the order of rows; `null`: the request's."""
+
+    def model_post_init(self, context: Any) -> None:
+        """The kind counts as given also where the class says it: no reader could tell the kind without it."""
+        self.model_fields_set.add("kind")
 
 
 class StandardSAE(SAEFields):

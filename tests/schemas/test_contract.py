@@ -111,6 +111,14 @@ def test_a_layer_left_to_the_default_is_told_from_one_that_is_asked_for() -> Non
     assert not again.names_layer
 
 
+def test_an_sae_made_by_its_class_keeps_its_kind_on_the_wire() -> None:
+    request = TrainRequested(job_id="a", model_name="m", corpus_file="c.txt", sae=TopKSAE(k=8))
+    record = record_for(request, source="/test")
+    assert record.value is not None
+    assert json.loads(record.value)["sae"] == {"kind": "topk", "k": 8}
+    assert TrainRequested.from_json(record.value) == request
+
+
 @pytest.mark.parametrize(
     ("extra", "sentence"),
     [

@@ -14,7 +14,7 @@ import typer
 from mistudio_train import __version__
 from mistudio_train.errors import JobError
 
-from . import corpus, fetch, machine, run, submit, watch, worker
+from . import corpus, demo, fetch, machine, run, submit, watch, worker
 from .display import say_error
 from .environment import use_env_file
 from .errors import CliError, Exit
@@ -34,6 +34,7 @@ for commands in (
     run.commands,
     worker.commands,
     machine.commands,
+    demo.commands,
 ):
     app.add_typer(commands)
 

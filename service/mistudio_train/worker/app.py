@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 HEARTBEAT_MS = 1000
 """A member learns of a rebalance from its next heartbeat, so whoever joins waits this long."""
+bus_logger = logging.getLogger("mistudio_train.bus")
+bus_logger.setLevel(logging.ERROR)
+"""FastStream's. Its "received" and "processed" the supervisor says better, and it warns of what is meant to be so."""
+
 NO_POLL_LIMIT_MS = 2**31 - 1
 """A job may take days; that it moves is watched by its silence, not by the poll interval."""
 
@@ -102,8 +106,8 @@ def _broker(settings: Settings) -> KafkaBroker:
         max_request_size=kafka.MAX_MESSAGE_BYTES,
         allow_auto_create_topics=False,
         client_id=settings.worker_id,
-        logger=logging.getLogger(f"{__name__}.bus"),
-        log_level=logging.DEBUG,  # "received" and "processed", which the supervisor says better
+        logger=bus_logger,
+        log_level=logging.DEBUG,
     )
 
 
