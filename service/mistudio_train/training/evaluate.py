@@ -19,7 +19,9 @@ from .features import TokenFeatures
 from .text_rows import one_row_a_text
 
 BLOCK_BYTES = 32 * 1024**2
-"""Of the dense features of one block of rows."""
+"""Of one block: dense features and, more where there are few features, the rows' fp64 copies in the statistics."""
+FP64_COPIES = 4
+"""Of the rows and their reconstructions, held at once."""
 
 
 class OrderedRows(Protocol):
@@ -63,7 +65,7 @@ class Evaluation:
     ) -> None:
         self._sae, self._rows, self._device = sae.to(device), rows, device
         self._on_progress = on_progress
-        self._rows_per_block = max(16, BLOCK_BYTES // (4 * sae.d_sae))
+        self._rows_per_block = max(16, BLOCK_BYTES // (4 * sae.d_sae + 8 * FP64_COPIES * sae.d_in))
         self.statistics = FeatureStatistics(sae.d_sae, sae.d_in, device)
 
     def text_blocks(self, texts: int, *, mean_pooled: bool) -> Iterator[Block]:
