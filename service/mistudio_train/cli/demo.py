@@ -1,37 +1,42 @@
 """The command `demo`: a real job on a real model through the real worker, here, and what its features look like.
 
-By default on an embedded broker and a folder in place of the store, which it says first; owns no step of the job.
+By default an embedded broker and a folder stand in for Kafka and the store, which it says first. Owns no step of the
+job.
 """
 
 import asyncio
-import json
-import logging
-import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.markup import escape
-from rich.text import Text
 
 from mistudio_schemas import TopKSAE, TrainCompleted, TrainProgress, TrainRequested, new_job_id
 from mistudio_train.settings import Settings
 
-from .display import Bars, results, say, show_end
+from .display import Bars, say, show_end
 from .errors import CliError, Exit
 
 if TYPE_CHECKING:
+    from mistudio_stack.stack import Backend
+
     from . import bus
-    from .feature_view import FeatureCard
+    from .demo_outcome import Outcome
+    from .feature_choice import Rule
 
 commands = typer.Typer()
 
-PASSAGES = 700
+Servers = Literal["embedded", "native", "docker"]
+EMBEDDED = "an embedded broker and a directory store"
+
+PASSAGES = 800
+EPOCHS = 4
 LAYER = 9
-"""Of SmolLM2's 30: blocks 3, 6 and 12 hold a few tokens of enormous norm, which a small SAE spends itself on."""
+"""Of 30. Blocks 3, 6 and 12 have a few tokens of enormous norm, on which a small SAE would spend itself."""
+PARTITIONS = 4
 
 
 @dataclass(frozen=True)
@@ -39,172 +44,182 @@ class Inputs:
     """What the demo trains on."""
 
     model: Path
+    """A model folder."""
     texts: list[str]
+    """One line each."""
     request: TrainRequested
+    """Token-pooled."""
+    rule: "Rule | None" = None
+    """Which features may be shown; `None`: the default."""
 
 
 @commands.command(epilog="Example: mistudio-train demo --to demo-output")
 def demo(
-    to: Annotated[Path, typer.Option(metavar="DIR", help="Where the results go.")] = Path("demo-output"),
+    to: Annotated[
+        Path, typer.Option(metavar="DIR", help="The results go into a new folder in it; made if missing.")
+    ] = Path("demo-output"),
     stack: Annotated[
-        str | None, typer.Option(metavar="native|docker", help="Run on a real Kafka and MinIO of this kind.")
-    ] = None,
+        Servers, typer.Option(help="embedded: all in this process; native, docker: a real Kafka and a real MinIO.")
+    ] = "embedded",
     as_json: Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON object.")] = False,
 ) -> None:
     """Train a sparse autoencoder on a real language model, on this machine, and show ten of its features.
 
-    Exit status: 0 completed, 1 failed, 2 something that it needs is missing.
+    Exit status: 0 completed, 1 failed, 2 something that it needs is missing, 130 interrupted.
     """
-    if stack not in (None, "native", "docker"):
-        raise CliError(f"--stack {stack} is unknown", "Choose native or docker, or leave it out.")
-    to = to.absolute()
-    shutil.rmtree(to, ignore_errors=True)
-    with servers(to, stack) as settings:
-        inputs = demo_inputs()
-        event = asyncio.run(train(settings, inputs))
-        if not isinstance(event, TrainCompleted):
-            raise typer.Exit(Exit.FAILED)
-        folder = bring(settings, event, to)
-    cards = look(folder, inputs)
-    (show_json if as_json else show)(event, cards, folder)
-
-
-@contextmanager
-def servers(to: Path, stack: str | None) -> Iterator[Settings]:
-    """Settings of a worker on an embedded broker and a folder, or on a real Kafka and MinIO."""
-    common: dict[str, Any] = {"data_path": to / "data", "max_concurrent_jobs": 1, "log_level": "WARNING"}
-    if stack is None:
-        from mistudio_stack.embedded import embedded_kafka
-        from mistudio_train.worker.kafka import topic_plans
-
-        say("An embedded broker and a folder stand in for Kafka and MinIO; worker, contract, child and files are real.")
-        plans = topic_plans(Settings(kafka_request_partitions=4))
-        with embedded_kafka({plan.name: plan.partitions for plan in plans}) as servers:
-            yield Settings(
-                kafka_bootstrap_servers=servers,
-                kafka_transactions=False,
-                kafka_request_partitions=4,
-                store_path=to / "store",
-                **common,
-            )
-        return
-    from mistudio_stack import StackError, open_stack
-
-    backend: Literal["native", "docker"] = "native" if stack == "native" else "docker"
+    used = EMBEDDED if stack == "embedded" else f"a real Kafka and a real MinIO ({stack})"
+    say(f"This demo uses {used}; the worker, its training process, the contract and the files are the real ones.")
     try:
-        with open_stack(backend) as opened:
-            say(f"The demo uses a real Kafka and a real MinIO ({backend}).")
-            yield Settings.model_validate({name.lower(): value for name, value in opened.env().items()} | common)
-    except StackError as error:
-        raise CliError(str(error), error.hint) from None
+        outcome = run_demo(smollm2_inputs(), to, stack)
+    except KeyboardInterrupt:
+        say("Interrupted; no result was kept.")
+        raise typer.Exit(Exit.INTERRUPTED) from None
+    from .demo_outcome import print_json, show
+
+    (print_json if as_json else show)(outcome)
 
 
-def demo_inputs() -> Inputs:
-    """SmolLM2-135M and English text, out of installed packages."""
+def smollm2_inputs() -> Inputs:
+    """SmolLM2-135M and English text, out of installed packages, and settings that give readable features in a minute.
+
+    Raises:
+        CliError: if a package is missing.
+
+    """
     from .demo_inputs import passages, smollm2_folder
 
-    model = smollm2_folder()
+    texts, model = passages(PASSAGES), smollm2_folder()
     request = TrainRequested(
         job_id=new_job_id(),
         model_name=str(model),
         corpus_file="demo.txt",
         layer_number=LAYER,
-        max_sequence_length=128,
+        max_sequence_length=256,
         pooling="token",
-        max_epochs=4,
-        sae=TopKSAE(name="demo", k=32, hidden_dim=4096, learning_rate=3e-3, batch_size=1024),
+        max_epochs=EPOCHS,
+        sae=TopKSAE(name="demo", k=16, hidden_dim=2048, learning_rate=3e-3, batch_size=1024),
     )
-    return Inputs(model, passages(PASSAGES), request)
+    return Inputs(model, texts, request)
+
+
+def run_demo(inputs: Inputs, to: Path, stack: Servers) -> "Outcome":
+    """Run the job on these servers, bring its files into a folder of its own in `to`, and look at its features.
+
+    Raises:
+        typer.Exit: if the job ended without a result.
+        CliError: if the servers cannot be had.
+
+    """
+    from .demo_outcome import Outcome, read_features
+    from .feature_view import view_features
+
+    to.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=to, prefix=".work-") as work, servers(stack, Path(work)) as settings:
+        event = asyncio.run(train(settings, inputs))
+        if not isinstance(event, TrainCompleted):
+            show_end(event)
+            raise typer.Exit(Exit.FAILED)
+        folder = bring(settings, event, to)
+    activations, words, meaning = read_features(folder, inputs.texts, inputs.model)
+    return Outcome(event, view_features(activations, words, meaning, rule=inputs.rule), folder)
+
+
+@contextmanager
+def servers(stack: Servers, work: Path) -> Iterator[Settings]:
+    """A worker's settings for servers that are there as long as the block lasts; all files lie in `work`.
+
+    Raises:
+        CliError: if they cannot be started.
+
+    """
+    from mistudio_stack import StackError, open_stack
+
+    # what the environment says of other servers does not concern these
+    own: dict[str, Any] = {
+        "kafka_security_protocol": "PLAINTEXT",
+        "kafka_topic_prefix": "",
+        "kafka_request_partitions": PARTITIONS,
+        "store_prefix": "",
+        "data_path": work,
+        "max_concurrent_jobs": 1,
+        "log_level": "ERROR",  # warnings for the requester come with the events
+    }
+    try:
+        if stack == "embedded":
+            with embedded_broker(Settings(**own)) as address:
+                yield Settings(
+                    **own, kafka_bootstrap_servers=address, kafka_transactions=False, store_path=work / "store"
+                )
+        else:
+            backend: Backend = stack
+            with open_stack(backend) as opened:
+                found = {name.lower(): value for name, value in opened.env().items()}
+                yield Settings(**(own | found | {"store_path": None}))
+    except StackError as error:
+        raise CliError(str(error).removesuffix(f". {error.hint}"), error.hint) from None
+
+
+@contextmanager
+def embedded_broker(settings: Settings) -> Iterator[str]:
+    """The embedded broker with a worker's topics, which it cannot create itself; yields its address."""
+    from mistudio_stack.embedded import embedded_kafka
+    from mistudio_train.worker.kafka import topic_plans
+
+    with embedded_kafka({plan.name: plan.partitions for plan in topic_plans(settings)}) as address:
+        yield address
 
 
 async def train(settings: Settings, inputs: Inputs) -> "bus.Terminal":
-    """Put the corpus, run a worker, publish the request, and show the job until its end, which is returned."""
-    from mistudio_train.logs import setup_logging
+    """Put the corpus, be a worker, publish the request, and show the job until its end, which is returned."""
     from mistudio_train.worker.app import build_app
+
+    settings = settings.model_copy(update={"local_model_folders": [inputs.model.parent]})
+    await asyncio.to_thread(put_texts, settings, inputs)
+    async with build_app(settings).start_lifespan_context():
+        return await submit_and_watch(settings, inputs.request)
+
+
+def put_texts(settings: Settings, inputs: Inputs) -> None:
+    """Store the corpus that the request names."""
     from mistudio_train.worker.corpora import put_corpus
     from mistudio_train.worker.store import open_store
 
-    from . import bus
-    from .demo_inputs import write_corpus
-
-    settings = settings.model_copy(update={"local_model_folders": [inputs.model.parent]})
-    setup_logging(settings.logging)
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # a new group's first steps are noisy
-    corpus = settings.data_path / "demo.txt"
-    corpus.parent.mkdir(parents=True)
-    write_corpus(corpus, inputs.texts)
+    corpus = settings.data_path / inputs.request.corpus_file
+    corpus.write_text("".join(f"{text}\n" for text in inputs.texts))
     store = open_store(settings)
-    await asyncio.to_thread(store.ensure)
-    await asyncio.to_thread(put_corpus, store, corpus.name, corpus)
-    async with build_app(settings).start_lifespan_context():
-        await bus.submit(settings, inputs.request)
+    try:
+        store.ensure()
+        put_corpus(store, corpus.name, corpus)
+    finally:
+        store.close()
+
+
+async def submit_and_watch(settings: Settings, request: TrainRequested) -> "bus.Terminal":
+    """Publish the request and show a bar a phase until the job's end."""
+    from . import bus
+
+    end: bus.Terminal | None = None
+    with bus.reaching_kafka(settings):
+        await bus.submit(settings, request)
         with Bars() as bars:
-            async with aclosing(bus.follow(settings, str(inputs.request.job_id))) as events:
+            async with aclosing(bus.follow(settings, str(request.job_id))) as events:
                 async for event in events:
                     if isinstance(event, TrainProgress):
                         bars.show(event)
-                    elif event is not None:
+                    else:
                         end = event
-    show_end(end)
+    assert end is not None  # the events end with it
     return end
 
 
 def bring(settings: Settings, event: TrainCompleted, to: Path) -> Path:
-    """The run's files, fetched and verified as any reader would."""
+    """The run's files in a folder of their own, verified as for any reader."""
     from mistudio_train.worker.artifacts import fetch_run
     from mistudio_train.worker.store import open_store
 
-    folder = to / event.job_id
-    fetch_run(open_store(settings), event, folder)
+    store, folder = open_store(settings), to / event.job_id
+    try:
+        fetch_run(store, event, folder)
+    finally:
+        store.close()
     return folder
-
-
-def look(folder: Path, inputs: Inputs) -> "list[FeatureCard]":
-    """The ten features to show."""
-    from safetensors import safe_open
-    from transformers import AutoTokenizer
-
-    from .feature_view import feature_cards
-
-    tokenizer: Any = AutoTokenizer.from_pretrained(inputs.model)
-    with safe_open(inputs.model / "model.safetensors", "np") as weights:
-        meaning = weights.get_tensor("model.embed_tokens.weight")
-    return feature_cards(folder / "features" / "activations.parquet", inputs.texts, tokenizer, meaning)
-
-
-def show(event: TrainCompleted, cards: "list[FeatureCard]", folder: Path) -> None:
-    """For a person."""
-    out, metrics = results(), event.saes[0].metrics
-    out.print()
-    out.print(
-        f"[bold]{event.feature_count} features[/] on {event.corpus.tokens:,} tokens: loss {metrics.final_loss:.3f}, "
-        f"L0 {metrics.l0:.1f}, unexplained variance {metrics.fvu:.1%}, dead {metrics.dead_share:.1%}",
-        highlight=False,
-    )
-    out.print("Ten of them, chosen on one half of the texts and shown from the other:\n", highlight=False)
-    for card in cards:
-        words = ", ".join(card.words[:8])
-        out.print(
-            f"[bold cyan]feature {card.feature}[/]  on {card.frequency:.2%} of words; strongest on: {escape(words)}"
-        )
-        for mark in card.marks:
-            style = "bold reverse" if mark.strength > 0.75 else "reverse" if mark.strength > 0.5 else "bold"
-            line = Text.assemble("  … ", mark.before, (f"«{mark.word}»", style), mark.after, " …")
-            out.print(line, highlight=False, soft_wrap=False, overflow="ellipsis", no_wrap=True)
-        out.print()
-    out.print(f"The files: {escape(str(folder))}", highlight=False, soft_wrap=True)
-    out.print("In SAELens:\n", highlight=False)
-    out.print("  from sae_lens import SAE", highlight=False)
-    out.print(f"  sae = SAE.load_from_disk({str(folder / 'sae')!r})", markup=False, highlight=False, soft_wrap=True)
-    out.print("  features = sae.encode(activations)  # [tokens, 576], the output of block 9", markup=False)
-
-
-def show_json(event: TrainCompleted, cards: "list[FeatureCard]", folder: Path) -> None:
-    """For a program."""
-    outcome = {
-        "event": json.loads(event.to_json()),
-        "features": [asdict(card) for card in cards],
-        "folder": str(folder),
-        "saelens": str(folder / "sae"),
-    }
-    typer.echo(json.dumps(outcome, allow_nan=False, ensure_ascii=False))

@@ -1,0 +1,161 @@
+"""What `demo` ends with: how good the SAE is, ten of its features in context, its files, and how to load it.
+
+Owns the words on the screen and the JSON object that says the same; chooses nothing. Loads neither torch nor a model.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.padding import Padding
+from safetensors import safe_open
+from tokenizers import Tokenizer
+
+from mistudio_schemas import TrainCompleted
+
+from .display import number, results
+from .feature_choice import Meaning
+from .feature_view import Context, FeatureView
+from .feature_words import Activations, Tokenized, Words, read_activations
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
+"""How the names of token embeddings end."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What there is to show."""
+
+    event: TrainCompleted
+    features: list[FeatureView]
+    folder: Path
+    """Of the run's files."""
+
+
+def read_features(folder: Path, texts: Sequence[str], model: Path) -> tuple[Activations, Words, Meaning]:
+    """A run's activations on words, and what the model's own token embeddings know of those words.
+
+    Args:
+        folder: of the run's files.
+        texts: it was trained on, in order.
+        model: the model's folder.
+
+    """
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+
+    def tokenize(text: str) -> Tokenized:
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        return Tokenized(encoded.ids, encoded.offsets)
+
+    words = Words.of(texts)
+    activations = read_activations(folder / "features" / "activations.parquet", words, tokenize)
+    # in the middle of a sentence, where most words are
+    ids = [tokenize(f" {name}").ids for name in words.names]
+    return activations, words, meaning_of(words.names, ids, token_embeddings(model))
+
+
+def meaning_of(names: Sequence[str], ids: Sequence[Sequence[int]], embeddings_VD: Any) -> Meaning:
+    """A word's vector is the mean embedding of its tokens, less the mean of all tokens.
+
+    A plain word is three letters or more, and so common that the tokenizer has a token for it.
+    """
+    centred_VD = embeddings_VD - embeddings_VD.mean(0)
+    vectors = np.stack([centred_VD[list(own)].mean(0) if own else np.zeros(centred_VD.shape[1]) for own in ids])
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-9
+    plain = [len(own) == 1 and len(name) >= 3 and name.isalpha() for own, name in zip(ids, names, strict=True)]
+    return Meaning(vectors.astype(np.float32), np.array(plain, dtype=bool))
+
+
+def token_embeddings(model: Path) -> Any:
+    """[vocabulary, width], out of the model's weights."""
+    with safe_open(model / "model.safetensors", "np") as weights:
+        (name,) = [key for key in weights.keys() if key.endswith(EMBEDDINGS)]  # noqa: SIM118
+        return weights.get_tensor(name)
+
+
+def show(outcome: Outcome) -> None:
+    """For a person."""
+    out, event, folder = results(), outcome.event, outcome.folder
+    _line(out, "")
+    _line(out, quality(event))
+    _line(out, "")
+    _line(out, "Features that look nameable: chosen on one half of the texts, shown from the other half.")
+    for feature in outcome.features:
+        _line(out, "")
+        _line(out, f"feature {feature.feature}  active on {feature.frequency:.2%} of the words", "bold")
+        for context in feature.contexts:
+            out.print(Padding(context.rich(), (0, 0, 0, 2)), highlight=False)
+    if not outcome.features:
+        _line(out, "None passed: too few texts, or too little training.")
+    _line(out, "")
+    _line(out, f"The files: {folder}")
+    _line(out, "To load it in SAELens:")
+    for line in saelens(event, folder):
+        _line(out, f"    {line}")
+
+
+def quality(event: TrainCompleted) -> str:
+    """What was trained on what, and how good it is, in a paragraph."""
+    sae, metrics = event.saes[0], event.saes[0].metrics
+    loss, l0, fvu, dead = (number(one) for one in (metrics.final_loss, metrics.l0, metrics.fvu, metrics.dead_share))
+    return (
+        f"{sae.feature_count} features ({sae.kind}) of {Path(event.model_info.model_name).name}, block "
+        f"{sae.layer_number}, {sae.hook_site}: {event.corpus.tokens:,} tokens of {event.corpus.texts:,} texts, "
+        f"{sae.epochs_trained} passes, {event.duration_seconds:.0f} s on {event.device}\n"
+        f"loss {loss} · L0 {l0} active features a token · FVU {fvu} of the variance unexplained · "
+        f"{dead} of the features dead"
+    )
+
+
+def saelens(event: TrainCompleted, folder: Path) -> list[str]:
+    """Three lines of Python."""
+    sae = event.saes[0]
+    x = f"{sae.hook_site} of block {sae.layer_number}, float32 [tokens, {sae.input_dim}]"
+    return [
+        "from sae_lens import SAE",
+        f"sae = SAE.load_from_disk({str(folder / 'sae')!r})",
+        f"features = sae.encode(x)  # x: {x}",
+    ]
+
+
+def print_json(outcome: Outcome) -> None:
+    """The same for a program, as one object on a line."""
+    event = outcome.event
+    said = {
+        "job_id": event.job_id,
+        "model": event.model_info.model_dump(mode="json"),
+        "corpus": event.corpus.model_dump(mode="json"),
+        "sae": event.saes[0].model_dump(mode="json", exclude={"prefix"}),
+        "duration_seconds": event.duration_seconds,
+        "device": event.device,
+        "features": [feature_json(feature) for feature in outcome.features],
+        "folder": str(outcome.folder),
+        "files": [artifact.name for artifact in event.artifacts],
+        "saelens": saelens(event, outcome.folder),
+    }
+    typer.echo(json.dumps(said, ensure_ascii=False, allow_nan=False))
+
+
+def feature_json(feature: FeatureView) -> dict[str, object]:
+    """A feature and its contexts."""
+    return {
+        "feature": feature.feature,
+        "score": feature.score,
+        "frequency": feature.frequency,
+        "contexts": [context_json(context) for context in feature.contexts],
+    }
+
+
+def context_json(context: Context) -> dict[str, object]:
+    """A context, with its marked words by strength."""
+    marked = [{"word": piece.text, "strength": piece.strength} for piece in context.pieces if piece.strength]
+    return {"text": context.text, "activation": context.activation, "marked": context.marked, "words": marked}
+
+
+def _line(out: Console, text: str, style: str = "") -> None:
+    out.print(text, style=style, markup=False, highlight=False)
