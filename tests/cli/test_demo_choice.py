@@ -44,7 +44,7 @@ def test_the_score_is_nearness_times_evenness_times_the_root_of_variety() -> Non
     (found,) = chosen(on(5, [SEVEN, TEN, SEVEN, TEN], [4.0, 3.0, 3.0, 2.0]))
     assert found.feature == 5
     assert found.stems == {"seve", "ten"}
-    assert found.score == pytest.approx(0.8 * (2.0 / 4.0) * math.sqrt(2.0))
+    assert found.score == pytest.approx(0.9 * (2.0 / 4.0) * math.sqrt(2.0))
 
 
 def test_words_of_like_meaning_come_before_words_that_nothing_connects() -> None:
@@ -66,11 +66,11 @@ def test_words_must_be_plain() -> None:
     assert chosen(on(1, [SEVEN, TEN, SEVEN, TEN], [2.0] * 4), meaning=numbers) == []
 
 
-def test_nearness_counts_each_word_once() -> None:
-    assert nearness(np.array([SEVEN, SEVEN, SEVEN, TEN]), MEANING) == pytest.approx(0.8)
-    # seven-ten 0.8, seven-bread 0, ten-bread 0.6
-    assert nearness(np.array([SEVEN, TEN, BREAD]), MEANING) == pytest.approx(1.4 / 3)
-    assert nearness(np.array([SEVEN]), MEANING) == 0.0
+def test_nearness_is_the_mean_cosine_of_all_pairs() -> None:
+    # seven-ten 0.8, seven-bread 0, ten-bread 0.6, each twice; each with itself 1
+    assert nearness(np.array([SEVEN, TEN, BREAD]), MEANING) == pytest.approx((2 * 1.4 + 3) / 9)
+    assert nearness(np.array([SEVEN, SEVEN, SEVEN, TEN]), MEANING) == pytest.approx((6 * 0.8 + 10) / 16)
+    assert nearness(np.array([SEA, BREAD]), MEANING) == pytest.approx(0.5)
 
 
 def test_variety_is_how_many_there_are_in_effect() -> None:

@@ -110,7 +110,8 @@ def run_demo(inputs: Inputs, to: Path, stack: Servers) -> "Outcome":
         CliError: if the servers cannot be had.
 
     """
-    from .demo_outcome import Outcome, read_features
+    from .demo_outcome import Outcome
+    from .feature_meaning import read_features
     from .feature_view import view_features
 
     to.mkdir(parents=True, exist_ok=True)

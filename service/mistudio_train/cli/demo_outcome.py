@@ -4,27 +4,17 @@ Owns the words on the screen and the JSON object that says the same; chooses not
 """
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import typer
 from rich.console import Console
-from rich.padding import Padding
-from safetensors import safe_open
-from tokenizers import Tokenizer
+from rich.text import Text
 
 from mistudio_schemas import TrainCompleted
 
 from .display import number, results
-from .feature_choice import Meaning
 from .feature_view import Context, FeatureView
-from .feature_words import Activations, Tokenized, Words, read_activations
-
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight")
-"""How the names of token embeddings end."""
 
 
 @dataclass(frozen=True)
@@ -35,47 +25,6 @@ class Outcome:
     features: list[FeatureView]
     folder: Path
     """Of the run's files."""
-
-
-def read_features(folder: Path, texts: Sequence[str], model: Path) -> tuple[Activations, Words, Meaning]:
-    """A run's activations on words, and what the model's own token embeddings know of those words.
-
-    Args:
-        folder: of the run's files.
-        texts: it was trained on, in order.
-        model: the model's folder.
-
-    """
-    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-
-    def tokenize(text: str) -> Tokenized:
-        encoded = tokenizer.encode(text, add_special_tokens=False)
-        return Tokenized(encoded.ids, encoded.offsets)
-
-    words = Words.of(texts)
-    activations = read_activations(folder / "features" / "activations.parquet", words, tokenize)
-    # in the middle of a sentence, where most words are
-    ids = [tokenize(f" {name}").ids for name in words.names]
-    return activations, words, meaning_of(words.names, ids, token_embeddings(model))
-
-
-def meaning_of(names: Sequence[str], ids: Sequence[Sequence[int]], embeddings_VD: Any) -> Meaning:
-    """A word's vector is the mean embedding of its tokens, less the mean of all tokens.
-
-    A plain word is three letters or more, and so common that the tokenizer has a token for it.
-    """
-    centred_VD = embeddings_VD - embeddings_VD.mean(0)
-    vectors = np.stack([centred_VD[list(own)].mean(0) if own else np.zeros(centred_VD.shape[1]) for own in ids])
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-9
-    plain = [len(own) == 1 and len(name) >= 3 and name.isalpha() for own, name in zip(ids, names, strict=True)]
-    return Meaning(vectors.astype(np.float32), np.array(plain, dtype=bool))
-
-
-def token_embeddings(model: Path) -> Any:
-    """[vocabulary, width], out of the model's weights."""
-    with safe_open(model / "model.safetensors", "np") as weights:
-        (name,) = [key for key in weights.keys() if key.endswith(EMBEDDINGS)]  # noqa: SIM118
-        return weights.get_tensor(name)
 
 
 def show(outcome: Outcome) -> None:
@@ -89,7 +38,7 @@ def show(outcome: Outcome) -> None:
         _line(out, "")
         _line(out, f"feature {feature.feature}  active on {feature.frequency:.2%} of the words", "bold")
         for context in feature.contexts:
-            out.print(Padding(context.rich(), (0, 0, 0, 2)), highlight=False)
+            out.print(Text("  ").append_text(context.rich()), highlight=False)
     if not outcome.features:
         _line(out, "None passed: too few texts, or too little training.")
     _line(out, "")

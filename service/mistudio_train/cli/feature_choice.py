@@ -21,9 +21,9 @@ STEM: Final = 4
 class Rule:
     """What a feature must have to be judged at all."""
 
-    texts: int = 8
+    texts: int = 12
     """It is active on at least so many texts."""
-    top: int = 12
+    top: int = 18
     """It is judged by its strongest word in each of so many texts where it is strongest."""
     frequency: float = 0.01
     """It is active on at most this share of the words: what is active more often is no single idea."""
@@ -31,7 +31,7 @@ class Rule:
     """At most this share of its strongest words are the same one."""
     distinct: int = 3
     """So many of them differ."""
-    plain: float = 0.7
+    plain: float = 0.8
     """At least this share of them are plain words."""
     shared: float = 0.34
     """A feature is left out if more than this share of its stems, or of a better one's, are common to both."""
@@ -44,7 +44,7 @@ class Meaning:
     vectors: NDArray[np.float32]
     """[names, width], of norm 1: words of like meaning are near each other."""
     plain: NDArray[np.bool_]
-    """[names]: whether it is an ordinary word, not a number, a sign, or a rare name."""
+    """[names]: whether it is a word with a meaning of its own: no number, sign or rare name, no 'the' or 'also'."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def choose(
 ) -> list[Choice]:
     """The features that look most nameable, the best first; fewer than `count` if too few pass the rule.
 
-    A feature's score is the product of three numbers about its strongest words: how near in meaning the different ones
-    are (mean cosine of their vectors), how evenly strong (the weakest over the strongest), and the square root of their
-    variety (the exponential of the entropy of their stems). So a feature on "ten, seven, twelve" comes before one on
-    "ten" alone, and both before one on words that nothing connects.
+    A feature's score is the product of three numbers about its strongest words: how near they are in meaning (mean
+    cosine of all pairs), how evenly strong (the weakest over the strongest), and the square root of their variety (the
+    exponential of the entropy of their stems). So a feature on "ten, seven, twelve" comes before one on "ten" alone,
+    and both before one on words that nothing connects.
 
     Args:
         activations: on the texts to choose from.
@@ -101,13 +101,8 @@ def passes(top: Ints, meaning: Meaning, rule: Rule) -> bool:
 
 
 def nearness(names: Ints, meaning: Meaning) -> float:
-    """Mean cosine of the pairs of different words, each word once; 0 where there are no two."""
-    vectors = meaning.vectors[np.unique(names)]
-    n = len(vectors)
-    if n < 2:
-        return 0.0
-    cosines = vectors @ vectors.T
-    return float((cosines.sum() - np.trace(cosines)) / (n * (n - 1)))
+    """Mean cosine of all pairs of words, a word with itself included: the squared length of their mean vector."""
+    return float(np.square(meaning.vectors[names].mean(0)).sum())
 
 
 def variety(stems: Sequence[str]) -> float:
