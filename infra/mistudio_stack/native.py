@@ -8,7 +8,7 @@ import http.client
 import secrets
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +46,7 @@ def start(folder: Path, servers: ExitStack) -> NativeStack:
     require_programs()
     kafka_port, controller_port, minio_port, console_port = free_ports(4)
     secret = secrets.token_hex(16)
-    kafka = _kafka(folder, kafka_port, controller_port)
+    kafka = kafka_server(folder, kafka_port, controller_port)
     minio = _minio(folder, minio_port, console_port, secret)
     for server in (minio, kafka):
         servers.callback(server.kill)
@@ -84,18 +84,32 @@ def prepare() -> None:
     artefacts.minio_binary()
 
 
-def _kafka(folder: Path, port: int, controller_port: int) -> Server:
-    """A formatted broker, not yet started."""
+def kafka_server(
+    folder: Path,
+    port: int,
+    controller_port: int,
+    protocol: str = "PLAINTEXT",
+    settings: Mapping[str, str] | None = None,
+) -> Server:
+    """A formatted broker, not yet started.
+
+    Args:
+        folder: of its data and log.
+        port: for clients.
+        controller_port: for itself.
+        protocol: that clients speak, `SASL_SSL` say, which needs more `settings`.
+
+    """
     properties = folder / "server.properties"
     listeners = {
         "controller.quorum.bootstrap.servers": f"127.0.0.1:{controller_port}",
-        "listeners": f"PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}",
-        "advertised.listeners": f"PLAINTEXT://127.0.0.1:{port}",
-        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",
-        "inter.broker.listener.name": "PLAINTEXT",
+        "listeners": f"CLIENTS://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}",
+        "advertised.listeners": f"CLIENTS://127.0.0.1:{port}",
+        "listener.security.protocol.map": f"CLIENTS:{protocol},CONTROLLER:PLAINTEXT",
+        "inter.broker.listener.name": "CLIENTS",
         "log.dirs": str(folder / "kafka"),
     }
-    properties.write_text(broker.as_properties(broker.SETTINGS | listeners))
+    properties.write_text(broker.as_properties(broker.SETTINGS | listeners | dict(settings or {})))
     java = [
         *("java", "-Xms128m", "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"),
         *(f"-Dlog4j2.configurationFile={LOG4J}", "-cp", f"{artefacts.kafka_jars()}/*"),

@@ -1,8 +1,11 @@
 """One real worker on a real Kafka and a real MinIO takes many jobs at once; each test looks at what became of one."""
 
 import asyncio
+import io
 import json
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics as help_texts
@@ -10,6 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from aiokafka import ConsumerRecord
 
 from mistudio_schemas import ArtifactRef, TrainCompleted, TrainFailed, TrainProgress, TrainRequested, record_for
 from mistudio_stack import Stack
@@ -18,8 +22,10 @@ from mistudio_train.worker.corpora import put_corpus
 from mistudio_train.worker.store import Store, open_store
 from tests.models import tiny_model
 from tests.worker.bus import events, publish, reading, running_worker
+from tests.worker.jobs import trains_and_keeps
 
 LAYERS = 6
+TOKEN = "hf_a_token_that_somebody_put_into_a_request"
 
 
 @dataclass
@@ -50,6 +56,10 @@ class World:
     store: Store
     folder: Path
     outcomes: dict[str, Outcome]
+    records: list[ConsumerRecord]
+    """Everything that the worker published."""
+    printed: str
+    """Everything that the worker and its children logged or printed."""
 
     def file(self, ref: ArtifactRef) -> bytes:
         return self.store.get_bytes(ref.key)[0]
@@ -90,6 +100,7 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
         "foreign-model": base | {"model_name": "/etc"},
         "too-wide": base | {"model_name": decoder, "hidden_dim": 40_000},
         "too-large": base | {"model_name": str(folder / "wide"), "hidden_dim": 32_768},
+        "with-token": base | {"model_name": decoder, "huggingface_token": TOKEN},
         "bad-corpus": base | {"model_name": decoder, "corpus_file": "latin.txt"},
     }
 
@@ -107,13 +118,12 @@ def prepare(folder: Path, store: Store) -> None:
         put_corpus(store, name, folder / name)
 
 
-async def observe(settings: Settings, wanted: dict[str, dict[str, Any]]) -> dict[str, Outcome]:
+async def observe(settings: Settings, wanted: dict[str, dict[str, Any]]) -> list[ConsumerRecord]:
     """Publish the requests, run a worker until each has ended, and keep what was said."""
     topics = settings.topics
-    outcomes = {name: Outcome() for name in wanted}
     await publish(settings, *(request(name, fields, settings) for name, fields in wanted.items()))
-    said = topics.progress, topics.completed, topics.failed
-    async with running_worker(settings), reading(settings, *said) as reader:
+    said = set(topics.all()) - {topics.requested}
+    async with running_worker(settings, trains_and_keeps), reading(settings, *said) as reader:
         await reader.until(
             lambda records: (
                 bool(records)
@@ -121,8 +131,12 @@ async def observe(settings: Settings, wanted: dict[str, dict[str, Any]]) -> dict
             ),
             seconds=280,
         )
-        await reader.drained()
-    for event in events(reader.records):
+        return await reader.drained()
+
+
+def outcomes_of(names: Iterable[str], records: list[ConsumerRecord]) -> dict[str, Outcome]:
+    outcomes = {name: Outcome() for name in names}
+    for event in events(records):
         if isinstance(event, TrainProgress):
             outcomes[event.job_id].progress.append(event)
         elif isinstance(event, TrainCompleted | TrainFailed):
@@ -131,9 +145,9 @@ async def observe(settings: Settings, wanted: dict[str, dict[str, Any]]) -> dict
 
 
 def request(name: str, fields: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    asked = TrainRequested.model_construct(**fields | {"job_id": name})  # also what our client would refuse
+    """A record also for what our client would refuse."""
     record = record_for(TrainRequested(job_id=name, model_name="m", corpus_file="c"), source="/e2e")
-    value = json.dumps({key: getattr(asked, key) for key in (*fields, "job_id")}).encode()
+    value = json.dumps(fields | {"job_id": name}).encode()
     return {"topic": settings.topics.requested, "key": record.key, "value": value, "headers": record.headers}
 
 
@@ -156,4 +170,24 @@ async def world(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Async
         environment.setenv("HF_HUB_OFFLINE", "1")
         store = open_store(settings)
         await asyncio.to_thread(prepare, folder, store)
-        yield World(settings, store, folder, await observe(settings, jobs(folder)))
+        wanted = jobs(folder)
+        with printed() as said:
+            records = await observe(settings, wanted)
+        yield World(settings, store, folder, outcomes_of(wanted, records), records, said.getvalue())
+
+
+@contextmanager
+def printed() -> Iterator[io.StringIO]:
+    """Catches the worker's log and what its children print, and prints it afterwards."""
+    said = io.StringIO()
+    handler, logger = logging.StreamHandler(said), logging.getLogger("mistudio_train")
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        with redirect_stderr(said):
+            yield said
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
+        print(said.getvalue())

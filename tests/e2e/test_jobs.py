@@ -12,7 +12,7 @@ import torch
 
 from mistudio_schemas import ErrorCode
 
-from .conftest import LAYERS, World, corpus_texts
+from .conftest import LAYERS, TOKEN, World, corpus_texts
 
 COMPLETED = [
     "decoder-mean-standard",
@@ -22,6 +22,7 @@ COMPLETED = [
     "three-saes",
     "default-layer",
     "same-again",
+    "with-token",
 ]
 FILES = {
     "feature_activations.pt",
@@ -149,6 +150,17 @@ async def test_a_request_that_cannot_be_done_is_refused_within_seconds(
     assert (failed.time - outcome.progress[0].time).total_seconds() < 10
     assert not failed.retryable
     assert not any(one.phase == "training" for one in outcome.progress)
+
+
+def test_a_token_in_a_request_goes_nowhere(world: World) -> None:
+    """Not into an event, an object, a file of any workspace, or a line of the worker's or a child's."""
+    events = [record.value + b"".join(value for _, value in record.headers) for record in world.records]
+    objects = [world.store.get_bytes(found.key)[0] for found in world.store.list("")]
+    kept = world.folder / "kept" / "with-token"
+    files = [path.read_bytes() for path in kept.rglob("*") if path.is_file()]
+    assert {"output", "scratch"} <= {path.name for path in kept.iterdir()}
+    assert all((events, objects, files, "with-token" in world.printed))
+    assert not any(TOKEN.encode() in some for some in (*events, *objects, *files, world.printed.encode()))
 
 
 def test_nothing_is_left_in_the_workspace(world: World) -> None:

@@ -16,22 +16,20 @@ from mistudio_train.worker.child_main import Job, train
 
 @asynccontextmanager
 async def running_worker(settings: Settings, job: Job = train) -> AsyncIterator[None]:
-    """The worker, until the block ends; its HTTP port is not served."""
-    app = build_app(settings, job)
+    """The worker, from when it has joined its group until the block ends; its HTTP port is not served."""
+    app, started = build_app(settings, job), asyncio.Event()
+    app.after_startup(started.set)
     async with app.start_lifespan_context():
+        await started.wait()
         yield
 
 
 async def publish(settings: Settings, *records: dict[str, Any]) -> None:
     """Send records, each with the keyword arguments of aiokafka's `send`."""
     await kafka.ensure_topics(settings)
-    producer = kafka.producer(settings)
-    await producer.start()
-    try:
+    async with kafka.started(kafka.producer(settings)) as producer:
         for record in records:
             await producer.send_and_wait(**record)
-    finally:
-        await producer.stop()
 
 
 class Reader:
@@ -78,11 +76,8 @@ async def reading(settings: Settings, *topics: str) -> AsyncIterator[Reader]:
         isolation_level="read_committed",
         max_partition_fetch_bytes=kafka.MAX_MESSAGE_BYTES,
     )
-    await consumer.start()
-    try:
+    async with kafka.started(consumer):
         yield Reader(consumer)
-    finally:
-        await consumer.stop()
 
 
 def events(records: list[ConsumerRecord]) -> list[Contract]:

@@ -1,6 +1,7 @@
 """What a child may do to its parent, each a job in a few lines, run by real child processes."""
 
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from mistudio_schemas import CorpusInfo, ModelInfo, SAEMetrics, SAEResult
 from mistudio_train.errors import CorpusRefused
 from mistudio_train.messages import ChildMessage, Finished, JobSpec, Progress
+from mistudio_train.worker.child_main import train
 
 Send = Callable[[ChildMessage], None]
 
@@ -65,6 +67,13 @@ def hangs(spec: JobSpec, send: Send) -> Finished:
     return finished()
 
 
+def goes_on(spec: JobSpec, send: Send) -> Finished:
+    """Moves for ever, and says its process id: for a process that is stopped from outside."""
+    while True:
+        send(Progress("training", str(os.getpid()), 0.1))
+        threading.Event().wait(0.02)
+
+
 def murmurs(spec: JobSpec, send: Send) -> Finished:
     """Says that it is alive, and never moves."""
     while True:
@@ -93,6 +102,13 @@ def raises(spec: JobSpec, send: Send) -> Finished:
 def shows_token(spec: JobSpec, send: Send) -> Finished:
     print(f"token={spec.token}", file=sys.stderr, flush=True)
     return finished()
+
+
+def trains_and_keeps(spec: JobSpec, send: Send) -> Finished:
+    """The real work, whose workspace stays to be looked at beside the data folder, under the job's name."""
+    finished = train(spec, send)
+    shutil.copytree(spec.workspace, spec.workspace.parents[3] / "kept" / spec.job_id)
+    return finished
 
 
 def outlives(spec: JobSpec, send: Send) -> Finished:

@@ -32,9 +32,7 @@ class Worker:
         return KafkaRecord(self.settings.topics.completed, b"job-1", b"{}", [("ce_id", b"id-1")])
 
     async def published(self, topic: str) -> list[Any]:
-        reader = kafka.reader(self.settings)
-        await reader.start()
-        try:
+        async with kafka.started(kafka.reader(self.settings)) as reader:
             (plan,) = [plan for plan in kafka.topic_plans(self.settings) if plan.name == topic]
             parts = [TopicPartition(topic, number) for number in range(plan.partitions)]
             reader.assign(parts)
@@ -44,8 +42,6 @@ class Worker:
                 while await reader.position(part) < ends[part]:
                     found += (await reader.getmany(part, timeout_ms=500)).get(part, [])
             return found
-        finally:
-            await reader.stop()
 
     async def committed(self) -> int | None:
         offset: int | None = await self.consumer.committed(self.source)
@@ -55,10 +51,8 @@ class Worker:
 @asynccontextmanager
 async def working(settings: Settings) -> AsyncIterator[Worker]:
     await kafka.ensure_topics(settings)
-    producer = kafka.producer(settings)
-    await producer.start()
-    await producer.send_and_wait(settings.topics.requested, b"{}", partition=0)
-    await producer.stop()
+    async with kafka.started(kafka.producer(settings)) as producer:
+        await producer.send_and_wait(settings.topics.requested, b"{}", partition=0)
     consumer = AIOKafkaConsumer(
         settings.topics.requested,
         **kafka.client_options(settings),
@@ -66,12 +60,9 @@ async def working(settings: Settings) -> AsyncIterator[Worker]:
         enable_auto_commit=False,
         auto_offset_reset="earliest",
     )
-    await consumer.start()
-    await consumer.getone()
-    try:
+    async with kafka.started(consumer):
+        await consumer.getone()
         yield Worker(settings, consumer)
-    finally:
-        await consumer.stop()
 
 
 @pytest.fixture
@@ -154,12 +145,10 @@ async def test_an_event_that_is_already_there_is_not_published_again(worker: Wor
     record = worker.record()
     async with worker.delivery() as delivery:
         place = await delivery.place(record)
-        producer = kafka.producer(worker.settings)
-        await producer.start()
-        await producer.send_and_wait(
-            record.topic, record.value, key=record.key, partition=place.partition, headers=record.headers
-        )
-        await producer.stop()
+        async with kafka.started(kafka.producer(worker.settings)) as producer:
+            await producer.send_and_wait(
+                record.topic, record.value, key=record.key, partition=place.partition, headers=record.headers
+            )
         assert await delivery.is_published(record, place)
         await delivery.finish(record, place, look_first=True)
     assert len(await worker.published(record.topic)) == 1

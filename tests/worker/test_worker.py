@@ -1,9 +1,11 @@
 """The worker's application on a real Kafka and a real MinIO, with children that work, refuse, die and stall."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mistudio_schemas import ErrorCode, TrainCompleted, TrainFailed, TrainProgress, TrainRequested, header, record_for
@@ -122,6 +124,26 @@ async def test_a_stall_is_reported_and_nothing_is_said_meanwhile(settings: Setti
     assert failed.code is ErrorCode.CHILD_STALLED
     assert said[-1].message == "about to hang"
     assert (failed.time - said[-1].time).total_seconds() > 1.5
+
+
+async def test_a_stopped_child_is_silent_and_then_a_stall(settings: Settings) -> None:
+    quick = settings.model_copy(update={"max_attempts": 1, "stall_seconds": 4.0})
+    topics = settings.topics
+    await publish(quick, request("job-1", settings))
+    async with running_worker(quick, jobs.goes_on), reading(quick, topics.progress, topics.failed) as reader:
+        records = await reader.until(lambda found: bool(found) and b'"training"' in found[-1].value)
+        child = psutil.Process(int(events(records)[-1].message))  # type: ignore[attr-defined]
+        child.suspend()
+        stopped = datetime.now(UTC)
+        await reader.of(topics.failed, 1)
+        said = [one for one in events(reader.records) if isinstance(one, TrainProgress) and one.status == "running"]
+        (failed,) = [one for one in events(reader.records) if isinstance(one, TrainFailed)]
+        assert not child.is_running()
+    # what it had said before may still have waited for its second
+    assert (said[-1].time - stopped).total_seconds() < 1.5
+    assert (failed.time - stopped).total_seconds() > 3.5
+    assert failed.code is ErrorCode.CHILD_STALLED
+    assert "has not moved for 4 s while training" in failed.message
 
 
 async def test_garbage_among_requests_goes_to_the_dead_letters_byte_for_byte(settings: Settings) -> None:

@@ -65,15 +65,11 @@ async def submit(settings: Settings, request: TrainRequested) -> None:
     """
     assert request.job_id is not None  # the command has made one
     queued = TrainProgress(job_id=request.job_id, status="queued", message="waiting for a worker")
-    producer = kafka.producer(settings)
-    try:
-        await producer.start()
+    async with kafka.started(kafka.producer(settings)) as producer:
         await _require_topics(producer.client, [settings.topics.progress, settings.topics.requested])
         for event in (queued, request):
             record = record_for(event, source=SOURCE, topics=settings.topics)
             await producer.send_and_wait(**record.as_dict())
-    finally:
-        await producer.stop()
 
 
 async def latest_statuses(settings: Settings) -> list[TrainProgress]:
@@ -158,17 +154,14 @@ async def _reading(
         progress_of: of the progress topic, which is large, read only the partition that this job's key goes to.
 
     """
-    consumer = kafka.reader(settings)
-    try:
-        consumer.subscribe(topics)
-        await consumer.start()
+    reader = kafka.reader(settings)
+    reader.subscribe(topics)
+    async with kafka.started(reader) as consumer:
         found = consumer.assignment()
         consumer.unsubscribe()  # what is assigned by hand stays as it is when the cluster changes
         consumer.assign(_that_matter(found, settings.topics.progress, progress_of) if progress_of else list(found))
         await consumer.seek_to_beginning()
         yield consumer
-    finally:
-        await consumer.stop()
 
 
 async def _to_the_end(consumer: AIOKafkaConsumer) -> AsyncIterator[Any]:

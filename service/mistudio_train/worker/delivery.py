@@ -91,12 +91,8 @@ class Delivery:
         partitions = sorted(await self._require_producer().partitions_for(record.topic))
         partition = DefaultPartitioner()(record.key, partitions, partitions)
         where = TopicPartition(record.topic, partition)
-        reader = kafka.reader(self._settings)
-        try:
-            await reader.start()
+        async with kafka.started(kafka.reader(self._settings)) as reader:
             return Place(record.topic, partition, (await reader.end_offsets([where]))[where])
-        finally:
-            await reader.stop()
 
     async def finish(self, record: KafkaRecord, place: Place, *, look_first: bool = False) -> None:
         """Publish `record` and pass the message, exactly once (at least once without transactions).
@@ -181,9 +177,7 @@ class Delivery:
     async def is_published(self, record: KafkaRecord, place: Place) -> bool:
         """Whether the committed record lies at the place, whichever worker put it there."""
         where = TopicPartition(place.topic, place.partition)
-        reader = kafka.reader(self._settings)
-        try:
-            await reader.start()
+        async with kafka.started(kafka.reader(self._settings)) as reader:
             reader.assign([where])
             reader.seek(where, place.end_offset)
             end = (await reader.end_offsets([where]))[where]
@@ -192,8 +186,6 @@ class Delivery:
                 if any(_identity(found.headers) == _identity(record.headers) for found in batch.get(where, [])):
                     return True
             return False
-        finally:
-            await reader.stop()
 
     async def _unblock(self, place: Place) -> None:
         """One aborted record: ends a transaction whose markers a dead broker has lost, so that readers go on."""
@@ -207,17 +199,14 @@ class Delivery:
         try:
             await producer.start()
         except BaseException:
-            await producer.stop()
+            await kafka.close(producer)
             raise
         self._producer = producer
 
     async def _close_producer(self) -> None:
         producer, self._producer = self._producer, None
         if producer is not None:
-            try:
-                await asyncio.wait_for(producer.stop(), 5)
-            except (KafkaError, TimeoutError, AssertionError) as error:
-                logger.debug("closing %s: %s", self._id, type(error).__name__)
+            await kafka.close(producer)
 
     def _require_producer(self) -> AIOKafkaProducer:
         if self._producer is None:

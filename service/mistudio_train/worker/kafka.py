@@ -3,10 +3,13 @@
 FastStream is the bus; the raw clients here are for what it has not: transactions, offsets, binary headers, admin.
 """
 
+import asyncio
 import logging
 import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -22,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 DAY_MS = 24 * 3600 * 1000
 MAX_MESSAGE_BYTES = 10 * 1024 * 1024
+CLOSE_SECONDS = 5.0
+
+Client = TypeVar("Client", AIOKafkaConsumer, AIOKafkaProducer)
 
 
 def ssl_context(settings: Settings) -> ssl.SSLContext | None:
@@ -93,6 +99,37 @@ def reader(settings: Settings) -> AIOKafkaConsumer:
         isolation_level="read_committed",
         max_partition_fetch_bytes=MAX_MESSAGE_BYTES,
     )
+
+
+@asynccontextmanager
+async def started(client: Client) -> AsyncIterator[Client]:
+    """The client, started; on the way out it is closed."""
+    try:
+        await client.start()
+        yield client
+    finally:
+        await close(client)
+
+
+async def close(client: AIOKafkaConsumer | AIOKafkaProducer) -> None:
+    """Close a client to its end, also when the caller is cancelled meanwhile: half closed it keeps its connections.
+
+    A broker that is away does not hold this up, and is no error.
+    """
+    closing = asyncio.create_task(_close(client))
+    try:
+        await asyncio.shield(closing)
+    except asyncio.CancelledError:
+        await asyncio.wait([closing])
+        raise
+
+
+async def _close(client: AIOKafkaConsumer | AIOKafkaProducer) -> None:
+    try:
+        await asyncio.wait_for(client.stop(), CLOSE_SECONDS)
+    except (KafkaError, TimeoutError, AssertionError) as error:
+        # aiokafka raises AssertionError from a producer that an earlier error has killed
+        logger.debug("closing a client: %s", type(error).__name__)
 
 
 @dataclass(frozen=True)
