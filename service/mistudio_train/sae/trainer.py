@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .base import RARE_BELOW, SparseAutoencoder, StepInput
 from .figures import EpochFigures, StepFigures, Sums, diverged
+from .order import RowOrder
 from .recipe import EarlyStopping, Recipe
 
 
@@ -55,15 +56,13 @@ class Trainer:
         """Show the SAE a first sample of rows, before any step; not again after resuming."""
         self.sae.prepare(sample_ND.to(self.device))
 
-    def order(self, epoch: int) -> NDArray[np.int64]:
-        """The order of the rows in an epoch: a permutation that depends on the seed and the epoch alone."""
-        return np.random.default_rng((self.seed, epoch)).permutation(np.arange(self.rows, dtype=np.int64))
+    def order(self, epoch: int) -> RowOrder:
+        """The order of the rows in an epoch, which depends on the seed, the epoch and the number of rows alone."""
+        return RowOrder(self.rows, (self.seed, epoch))
 
     def batches(self) -> Iterator[NDArray[np.int64]]:
         """Row numbers of each batch that the epoch in progress still needs; the last may be smaller."""
-        order = self.order(self.epoch)
-        for start in range(self.rows_done, self.rows, self.recipe.batch_size):
-            yield order[start : start + self.recipe.batch_size]
+        return self.order(self.epoch).batches(self.recipe.batch_size, self.rows_done)
 
     def step(self, x_BD: Tensor) -> None:
         """One update from a batch of rows, on any device and in any float type. Does not wait for the device."""

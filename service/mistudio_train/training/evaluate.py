@@ -18,7 +18,7 @@ from .bundle import Block
 from .features import TokenFeatures
 from .text_rows import one_row_a_text
 
-BLOCK_BYTES = 32 * 1024**2
+BLOCK_BYTES = 8 * 1024**2
 """Of one block: dense features and, more where there are few features, the rows' fp64 copies in the statistics."""
 FP64_COPIES = 4
 """Of the rows and their reconstructions, held at once."""

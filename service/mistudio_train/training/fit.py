@@ -96,7 +96,7 @@ def fit(
     recipe = recipe_for(config, rows=rows.rows, mean_pooled=mean_pooled)
     seed = config.seed or 0
     trainer = Trainer(build_sae(config, rows.d_in), recipe, rows=rows.rows, device=device, seed=seed)
-    trainer.prepare(rows.gather(np.sort(trainer.order(0)[:SAMPLE_ROWS])))
+    trainer.prepare(rows.gather(np.sort(trainer.order(0).at(0, SAMPLE_ROWS))))
     watch = _Watch(trainer, reporter, log, config.name or config.kind, steps_after)
     epochs: list[EpochFigures] = []
     with _threads_for(12 * recipe.batch_size * rows.d_in * (config.hidden_dim or 0)):

@@ -30,9 +30,8 @@ TEXT_ENCODERS: Final = ("t5", "mt5", "umt5")
 """Encoder-decoders of which the library can load the encoder alone."""
 UNUSED: Final = ("pooler.",)
 """Parts of a trunk that come after the blocks; files without them will do."""
-# Its report of heads and poolers that nobody wants is no news; weights that are missing are refused below.
-logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
-logging.getLogger("transformers.utils.loading_report").setLevel(logging.ERROR)
+NO_NEWS: Final = ("modeling_utils", "utils.loading_report", "distributed.tensor_parallel")
+"""Of the library: reports of heads that nobody wants and of shards that nobody asked for. Missing weights we refuse."""
 OUT_OF_MEMORY: Final = ("out of memory", "not enough memory", "can't allocate memory")
 
 
@@ -126,6 +125,7 @@ def load(
         folder = hub.fetch(source.name, str(source.commit), token, allow_unsafe=allow_unsafe)
     # The lease counts GPUs in the driver's order; CUDA by itself would put the fastest first.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    _speak_as_we_do()
     with _load_errors(source.name):
         tokenizer = _tokenizer(folder, allow_unsafe)
         trunk, warnings = _trunk(source, folder, plan, allow_unsafe)
@@ -137,6 +137,16 @@ def load(
     dtype = next(weight.dtype for weight in trunk.parameters() if weight.is_floating_point())
     device = torch.device(plan.device)
     return LanguageModel(trunk, tokenizer, source, tuple(sites), device, dtype, modules, warnings)
+
+
+def _speak_as_we_do() -> None:
+    """Transformers' lines go to our log, in its format and with its levels, and its bars nowhere."""
+    said: Any = transformers.utils.logging
+    said.disable_default_handler()
+    said.enable_propagation()
+    said.disable_progress_bar()
+    for name in NO_NEWS:
+        logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
 
 
 def _tokenizer(folder: Path, allow_unsafe: bool) -> Any:
@@ -176,18 +186,12 @@ def _nf4(device: str) -> dict[str, Any]:
     return {"quantization_config": quantization, "device_map": {"": device}}
 
 
-def _no_progress_bar() -> None:
-    quiet: Any = transformers.utils.logging.disable_progress_bar
-    quiet()
-
-
 def _loaded(source: ModelSource, folder: Path, options: dict[str, Any]) -> Any:
     """Of an encoder-decoder only the encoder.
 
     Raises:
         ValueError: if the files lack weights: the library would draw them at random, and say so only in a log line.
     """
-    _no_progress_bar()
     options |= {"output_loading_info": True}
     if not source.config.get("is_encoder_decoder"):
         trunk, report = transformers.AutoModel.from_pretrained(folder, **options)

@@ -3,6 +3,7 @@
 Reads top to bottom as the job goes; each step's substance is in its own module.
 """
 
+import ctypes
 import os
 import time
 from typing import Any, Final
@@ -137,9 +138,11 @@ def _train_all(
                 log=log,
                 steps_after=sum(steps[position + 1 :]),
             )
+        _free(job.plan)
         written.append(
             write_result(context, config, fitted, stores[position], origins[site], place, reporter, (middle, end))
         )
+        _free(job.plan)
     if len(written) > 1:
         write_json(job.spec.output / "saes.json", {"saes": [one.result.model_dump(mode="json") for one in written]})
     return written
@@ -150,8 +153,11 @@ def _steps(config: Config, store: ActivationStore, context: Context) -> int:
 
 
 def _free(plan: MemoryPlan) -> None:
+    """Give back what nobody uses: an allocator keeps it, in pieces that the next step's blocks may not fit into."""
     if plan.device != "cpu":
         torch.cuda.empty_cache()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # the GNU library's
+        trim(0)
 
 
 def _origin(model: LanguageModel, site: Site, request: TrainRequested, length: int) -> Origin:
