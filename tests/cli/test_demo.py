@@ -83,6 +83,7 @@ def test_for_a_program_it_says_the_same(outcome: Outcome, capsys: pytest.Capture
     assert [one["feature"] for one in said["features"]] == [one.feature for one in outcome.features]
     first = said["features"][0]["contexts"][0]
     assert first["marked"] == outcome.features[0].contexts[0].marked
+    assert said["features"][0]["words"] == outcome.features[0].words
     assert all(f"«{one['word']}»" in first["marked"] and 0 < one["strength"] <= 1 for one in first["words"])
     assert len(said["saelens"]) == 3
 

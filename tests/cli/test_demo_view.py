@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from mistudio_train.cli.feature_choice import Meaning, Rule, halves
-from mistudio_train.cli.feature_view import context, view_features
+from mistudio_train.cli.feature_view import context, strongest_words, view_features
 from mistudio_train.cli.feature_words import Activations, Words, strongest
 
 LETTERS = "a b c d e f g h i j k l m n o p q r s t"
@@ -69,6 +69,7 @@ def test_what_is_shown_is_not_what_was_picked(texts: list[str]) -> None:
         texts[text].replace("seven", "«seven»").replace("ten", "«ten»") for text in shown
     ]
     assert found.frequency == pytest.approx(1 / 5)
+    assert set(found.words) == {"seven", "ten"}
 
 
 def test_a_feature_that_is_silent_in_the_other_half_is_shown_as_silent(texts: list[str]) -> None:
@@ -77,4 +78,10 @@ def test_a_feature_that_is_silent_in_the_other_half_is_shown_as_silent(texts: li
     picked = [(1, text, int(words.first[text]), 1.0) for text in range(20) if to_choose[text]]
     rule = Rule(texts=2, frequency=1.0, distinct=1, on_one_word=1.0)
     (found,) = view_features(activations(*picked), words, meaning, rule=rule)
-    assert (found.frequency, found.contexts) == (0.0, [])
+    assert (found.frequency, found.words, found.contexts) == (0.0, [], [])
+
+
+def test_the_words_of_the_strongest_places_are_named_the_most_frequent_first() -> None:
+    words = Words.of(["Ten", "seven", "ten", "days"])
+    own = activations((0, 0, 0, 1.0), (0, 1, 1, 4.0), (0, 2, 2, 2.0), (0, 3, 3, 3.0))
+    assert strongest_words(own, words) == ["ten", "seven", "days"]

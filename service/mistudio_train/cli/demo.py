@@ -185,8 +185,10 @@ def put_texts(settings: Settings, inputs: Inputs) -> None:
     from mistudio_train.worker.corpora import put_corpus
     from mistudio_train.worker.store import open_store
 
+    from .demo_inputs import write_corpus
+
     corpus = settings.data_path / inputs.request.corpus_file
-    corpus.write_text("".join(f"{text}\n" for text in inputs.texts))
+    write_corpus(corpus, inputs.texts)
     store = open_store(settings)
     try:
         store.ensure()

@@ -36,7 +36,8 @@ def show(outcome: Outcome) -> None:
     _line(out, "Features that look nameable: chosen on one half of the texts, shown from the other half.")
     for feature in outcome.features:
         _line(out, "")
-        _line(out, f"feature {feature.feature}  active on {feature.frequency:.2%} of the words", "bold")
+        _line(out, f"feature {feature.feature}: {', '.join(feature.words)}", "bold")
+        _line(out, f"  active on {feature.frequency:.2%} of the words, strongest where marked:", "dim")
         for context in feature.contexts:
             out.print(Text("  ").append_text(context.rich()), highlight=False)
     if not outcome.features:
@@ -96,6 +97,7 @@ def feature_json(feature: FeatureView) -> dict[str, object]:
         "feature": feature.feature,
         "score": feature.score,
         "frequency": feature.frequency,
+        "words": feature.words,
         "contexts": [context_json(context) for context in feature.contexts],
     }
 

@@ -3,6 +3,7 @@
 Brings choosing and showing together; the one sees one half of the texts, the other the other half.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -16,6 +17,10 @@ from .feature_words import Activations, Words
 BEFORE: Final = 8
 AFTER: Final = 4
 """Words around the strongest one; more before it, since a causal model has seen no other."""
+NAMED_PLACES: Final = 18
+"""Of so many texts the strongest words are counted."""
+NAMED_WORDS: Final = 6
+"""So many of them are named."""
 LEAST_MARK: Final = 0.3
 """A further word is marked from this share of its context's strongest one."""
 STYLES: Final = ((0.75, "bold yellow"), (0.5, "yellow"), (0.0, "dim yellow"))
@@ -65,6 +70,8 @@ class FeatureView:
     """By which it was chosen, from the other half of the texts."""
     frequency: float
     """Share of the shown half's words on which it is active."""
+    words: list[str]
+    """Of the shown half, what it is strongest on; the most frequent first, in small letters."""
     contexts: list[Context]
     """The strongest first, one a text; none where it is silent in this half."""
 
@@ -89,10 +96,17 @@ def view_features(
             feature=one.feature,
             score=one.score,
             frequency=len(own := shown.get(one.feature, nothing)) / max(1, int(sizes[0])),
+            words=strongest_words(own, words),
             contexts=strongest_contexts(own, words, contexts),
         )
         for one in chosen
     ]
+
+
+def strongest_words(own: Activations, words: Words) -> list[str]:
+    """The words of one feature's strongest places, one place a text; equally frequent ones by strength."""
+    names = words.name[own.best_of_texts(NAMED_PLACES).word].tolist()
+    return [words.names[name] for name, _ in Counter(names).most_common(NAMED_WORDS)]
 
 
 def strongest_contexts(own: Activations, words: Words, count: int) -> list[Context]:
