@@ -1,5 +1,7 @@
 """What every test may ask for: a real Kafka and a real S3 store, and a corner of them that no other test sees."""
 
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from uuid import uuid4
@@ -36,3 +38,17 @@ def worker_env(stack: Stack, tmp_path: Path) -> dict[str, str]:
 def worker_settings(worker_env: dict[str, str]) -> Settings:
     """The same as settings."""
     return Settings.model_validate({name.lower(): value for name, value in worker_env.items()})
+
+
+@pytest.fixture
+def unprivileged() -> Iterator[Path]:
+    """A folder that anybody may read, and no rights beyond those of an ordinary user while the test runs."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, before = Path(name), os.geteuid()
+        folder.chmod(0o777)
+        if before == 0:
+            os.seteuid(65534)
+        try:
+            yield folder
+        finally:
+            os.seteuid(before)

@@ -68,6 +68,7 @@ def cached(name: str, build: Callable[[Path], None]) -> Path:
         part = Path(tempfile.mkdtemp(prefix=f".{name}.part-", dir=final.parent))
         try:
             build(part)
+            part.chmod(final.parent.stat().st_mode)  # a temporary folder is its owner's alone
             part.rename(final)
         except BaseException:
             shutil.rmtree(part)

@@ -184,3 +184,13 @@ def test_reading_a_corpus_imports_no_torch(tmp_path: Path) -> None:
         "sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["a.txt", "b.csv", "c.json", "f.jsonl", "g.parquet", "h.txt.gz"])
+def test_a_file_that_may_not_be_read_is_refused_with_what_to_do(unprivileged: Path, name: str) -> None:
+    path = unprivileged / name
+    path.touch(0)
+    with pytest.raises(CorpusRefused, match=f"may not read {name}") as caught:
+        open_corpus(path, None, name, unprivileged / "scratch")
+    assert caught.value.code is ErrorCode.CORPUS_NOT_ALLOWED
+    assert "Let its user read" in caught.value.hint

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mistudio_train.errors import DiskFull, ExportRefused
 from mistudio_train.training.files import refuse_unless_own, refuse_unless_plain, whole, write_json
@@ -72,6 +73,14 @@ def test_json_is_strict_and_readable(tmp_path: Path) -> None:
     with pytest.raises(ExportRefused, match=r"b\.json\.rate is nan"):
         write_json(tmp_path / "b.json", {"rate": math.nan})
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_file_is_as_open_as_its_folder_whatever_wrote_it(tmp_path: Path) -> None:
+    for mode in (0o755, 0o700):
+        tmp_path.chmod(mode)
+        with whole(tmp_path / "weights.safetensors") as partial:
+            save_file({"weights": torch.zeros(2)}, partial)
+        assert (tmp_path / "weights.safetensors").stat().st_mode & 0o777 == mode & 0o666
 
 
 def test_what_fails_on_the_way_leaves_the_former_file(tmp_path: Path) -> None:

@@ -50,6 +50,24 @@ def refusal(name: str, **options: object) -> JobError:
     return caught.value
 
 
+@pytest.mark.parametrize("closed", ["models", "models/mine", "models/mine/config.json"])
+def test_a_folder_that_may_not_be_read_is_refused_with_what_to_do(unprivileged: Path, closed: str) -> None:
+    config_folder(unprivileged / "models" / "mine")
+    (unprivileged / closed).chmod(0)
+    error = refusal(str(unprivileged / "models" / "mine"), folders=[unprivileged / "models"])
+    (unprivileged / closed).chmod(0o755)
+    assert (error.code, "may not read" in str(error)) == (ErrorCode.MODEL_NOT_ALLOWED, True)
+    assert "chmod" in error.hint
+
+
+def test_weights_that_may_not_be_read_are_refused_before_they_are_loaded(unprivileged: Path) -> None:
+    folder = config_folder(unprivileged / "mine", ("model.safetensors",))
+    (folder / "model.safetensors").chmod(0)
+    source = inspect(str(folder), folders=[unprivileged])
+    with pytest.raises(ModelRefused, match=r"may not read .*model\.safetensors"):
+        source.parameter_shapes()
+
+
 def test_a_folder_may_be_named_absolutely_or_below_an_allowed_one(tmp_path: Path) -> None:
     folder = config_folder(tmp_path / "models" / "mine")
     roots = [tmp_path / "models"]

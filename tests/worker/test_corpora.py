@@ -182,3 +182,18 @@ def test_a_store_that_is_away_is_no_missing_corpus(tmp_path: Path) -> None:
     settings = Settings(store_path=tmp_path / "unmounted", data_path=tmp_path)
     with pytest.raises(StoreUnavailable):
         fetch_corpus("a.txt", tmp_path / "to", settings, open_store(settings))
+
+
+def test_a_folder_that_may_not_be_read_is_told_with_what_to_do(unprivileged: Path) -> None:
+    settings = Settings(data_path=unprivileged / "data", store_path=unprivileged / "store")
+    samples = settings.data_path / "samples"
+    samples.mkdir(parents=True)
+    (samples / "mine.txt").write_text("one\n")
+    store = open_store(settings)
+    settings.store_path.mkdir()  # type: ignore[union-attr]
+    samples.chmod(0)
+    with pytest.raises(CorpusRefused) as caught:
+        fetch_corpus("mine.txt", unprivileged / "to", settings, store)
+    samples.chmod(0o755)
+    assert caught.value.code is ErrorCode.CORPUS_NOT_ALLOWED
+    assert "Let the worker's user read" in caught.value.hint

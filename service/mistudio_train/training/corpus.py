@@ -44,7 +44,7 @@ def open_corpus(path: Path, column: str | None, name: str, scratch: Path) -> Tex
     source = Source(path, name, gzipped=name.lower().endswith(".gz"))
     reader = _reader_of(source)
     dropped = 0
-    with TextsWriter(scratch) as writer, source.unpacking():
+    with TextsWriter(scratch) as writer, source.reading():
         for place, text in reader(source, column, scratch):
             if not text or text.isspace():
                 dropped += 1

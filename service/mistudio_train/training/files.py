@@ -50,6 +50,7 @@ def whole(path: Path, size: int = 0) -> Iterator[Path]:
     try:
         with disk_errors():
             yield partial
+            partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files for their owner alone
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)

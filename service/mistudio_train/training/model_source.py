@@ -6,7 +6,8 @@ Seconds matter here, so this imports neither torch nor transformers and reads no
 import json
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -124,7 +125,8 @@ class ModelSource:
         """
         names = weight_files(self.files)
         if self.folder is not None:
-            return {key: shape for name in names for key, shape in _shapes_in(self.folder / name).items()}
+            with _reading(self.name):
+                return {key: shape for name in names for key, shape in _shapes_in(self.folder / name).items()}
         from . import hub
 
         return hub.shapes(self.name, str(self.commit), names, token)
@@ -166,16 +168,22 @@ def inspect(
         HubUnreachable: if the hub does not answer, and the model is not in its cache.
 
     """
-    folder = _local_folder(name, folders)
-    if folder is not None:
-        source = ModelSource(name, folder, None, _config_in(folder, name), _names_in(folder))
-    elif HUB_NAME.fullmatch(name) is None:
-        raise ModelRefused(f"'{name}' is no model's name", "Give a hub's name, such as openai-community/gpt2.")
-    else:
+    source = _from_folder(name, folders)
+    if source is None:
+        if HUB_NAME.fullmatch(name) is None:
+            raise ModelRefused(f"'{name}' is no model's name", "Give a hub's name, such as openai-community/gpt2.")
         source = _from_hub(name, revision, token)
     if not allow_unsafe:
         _refuse_pickles(source)
     return source
+
+
+def _from_folder(name: str, folders: Sequence[Path]) -> ModelSource | None:
+    with _reading(name):
+        folder = _local_folder(name, folders)
+        if folder is None:
+            return None
+        return ModelSource(name, folder, None, _config_in(folder, name), _names_in(folder))
 
 
 def _from_hub(name: str, revision: str | None, token: str | None) -> ModelSource:
@@ -208,6 +216,19 @@ def _local_folder(name: str, folders: Sequence[Path]) -> Path | None:
             ErrorCode.MODEL_NOT_ALLOWED,
         )
     raise ModelRefused(f"There is no model folder '{name}'", "Check the path.", ErrorCode.MODEL_NOT_FOUND)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Say in our words that a folder or a file of it may not be read."""
+    try:
+        yield
+    except PermissionError as error:
+        raise ModelRefused(
+            f"The worker may not read {error.filename or name}",
+            "Let its user read the model's folder and every file in it (chmod -R a+rX FOLDER).",
+            ErrorCode.MODEL_NOT_ALLOWED,
+        ) from error
 
 
 def _names_in(folder: Path) -> tuple[str, ...]:

@@ -41,10 +41,16 @@ class Source:
         return cast(BinaryIO, gzip.open(self.path)) if self.gzipped else self.path.open("rb")
 
     @contextmanager
-    def unpacking(self) -> Iterator[None]:
-        """Say in our words that the gzip stream inside is broken."""
+    def reading(self) -> Iterator[None]:
+        """Say in our words that the file may not be read, or that the gzip stream inside is broken."""
         try:
             yield
+        except PermissionError as error:
+            raise CorpusRefused(
+                f"The worker may not read {self.name}",
+                "Let its user read the file and the folders above it.",
+                ErrorCode.CORPUS_NOT_ALLOWED,
+            ) from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise self.refused(None, f"the gzip stream is broken ({error})") from error
 

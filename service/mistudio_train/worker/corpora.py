@@ -152,8 +152,11 @@ def _in_folders(name: str, settings: Settings) -> Path | None:
     """The first ordinary file of that name or path that really lies in an allowed folder, links followed."""
     for folder in settings.corpus_folders:
         path = folder / name
-        if _is_inside(path, folder) and path.is_file():
-            return path.resolve()
+        try:
+            if _is_inside(path, folder) and path.is_file():
+                return path.resolve()
+        except PermissionError:
+            raise _not_allowed(name, f"Let the worker's user read {folder} and what is in it.") from None
     return None
 
 
