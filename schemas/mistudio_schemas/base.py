@@ -65,9 +65,9 @@ class UnknownFields(ValueError):
         super().__init__(f"unknown field{'s' if len(named) > 1 else ''} {', '.join(named)}")
 
 
-def unknown_fields(model: type[BaseModel], raw: JsonObject) -> list[str]:
+def unknown_fields(model: type[BaseModel], raw: JsonObject) -> Iterator[str]:
     """Dotted names of the fields in `raw` that `model` ignores, nested models and tagged unions included."""
-    return [path for path, _ in _unknown(model, raw, "")]
+    return (path for path, _ in _unknown(model, raw, ""))
 
 
 def refuse_unknown_fields(model: type[BaseModel], raw: JsonObject) -> None:
@@ -77,17 +77,22 @@ def refuse_unknown_fields(model: type[BaseModel], raw: JsonObject) -> None:
         UnknownFields: naming each field that would be ignored, with the nearest field that exists.
 
     """
-    unknown = dict(_unknown(model, raw, ""))
+    unknown = {path: _nearest(path, there) for path, there in _unknown(model, raw, "")}
     if unknown:
         raise UnknownFields(unknown)
 
 
-def _unknown(model: type[BaseModel], raw: JsonObject, prefix: str) -> Iterator[tuple[str, str | None]]:
+def _nearest(path: str, model: type[BaseModel]) -> str | None:
+    near = difflib.get_close_matches(path.rpartition(".")[2], model.model_fields, n=1)
+    return near[0] if near else None
+
+
+def _unknown(model: type[BaseModel], raw: JsonObject, prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    """Each unknown field, and the model that lacks it."""
     for key, value in raw.items():
         field = model.model_fields.get(key)
         if field is None:
-            near = difflib.get_close_matches(key, model.model_fields, n=1)
-            yield prefix + key, near[0] if near else None
+            yield prefix + key, model
             continue
         members = list(_models_in(field.annotation))
         for suffix, child in _objects_in(value):

@@ -192,7 +192,7 @@ class TrainCompleted(StatusFields):
     metadata_path: str
     """URI of the primary SAE's `metadata.json`."""
     training_stats: dict[str, Any]
-    """The primary SAE's `training_results`, as in `metadata.json`."""
+    """The primary SAE's `training_results`, as in `metadata.json`; long lists by evenly spaced entries."""
     feature_count: int
     ready_for_find_service: bool
     checkpoints: list[str] | None = None

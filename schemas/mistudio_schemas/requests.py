@@ -59,7 +59,7 @@ class TrainRequested(Contract):
     """Branch, tag or commit; resolved to a commit when the job begins and kept with the run."""
     corpus_file: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
     """A name under the bucket's `corpora/`, an `s3://bucket/key`, or a path in a folder that the operator allows."""
-    corpus_column: str | None = None
+    corpus_column: Annotated[str, StringConstraints(max_length=256)] | None = None
     """The column of the texts in csv, json, jsonl or parquet; `null`: `text`, or the only column of strings."""
     layer_number: int = DEFAULT_LAYER
     """Block to read, counted from 0. The default becomes the last block of a shallower model, with a warning."""
@@ -171,6 +171,8 @@ class TrainRequested(Contract):
         limits = limits_of(info)
         for sae in resolved:
             check_hidden_dim(sae.hidden_dim or 0, limits)
+            if (sae.max_epochs or 1) > limits.max_epochs:
+                raise ValueError(f"Maximum epochs must be between 1 and {limits.max_epochs}")
             if sae.layer_number is not None and sae.layer_number > limits.max_layer:
                 raise ValueError(f"Layer number seems too high (max {limits.max_layer})")
             if isinstance(sae, TopKSAE) and sae.k > (sae.hidden_dim or 0):

@@ -21,6 +21,15 @@ from collections.abc import Sequence
 
 from mistudio_schemas import ErrorCode
 
+MESSAGE_CHARACTERS = 2000
+TRACEBACK_LINES = 50
+LINE_CHARACTERS = 500
+
+
+def brief(text: str, most: int = MESSAGE_CHARACTERS) -> str:
+    """`text`, cut where it is too long for an event: it may repeat what a request says, which has no bounds."""
+    return text if len(text) <= most else f"{text[:most]}… ({len(text):,} characters)"
+
 
 class JobError(Exception):
     """A job cannot go on. `str(error)` is the sentence for a person; `hint` says what to do."""
@@ -31,9 +40,9 @@ class JobError(Exception):
     def __init__(
         self, message: str, hint: str, code: ErrorCode | None = None, *, traceback: Sequence[str] = ()
     ) -> None:
-        super().__init__(message)
-        self.hint = hint
-        self.traceback = list(traceback)
+        super().__init__(brief(message))
+        self.hint = brief(hint)
+        self.traceback = [brief(line, LINE_CHARACTERS) for line in traceback][-TRACEBACK_LINES:]
         if code is not None:
             self.code = code
 

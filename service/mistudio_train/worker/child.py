@@ -77,11 +77,12 @@ class Child:
         self._process.close()
 
     def kill(self) -> None:
-        """End the process at once, and what it started."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if self._process.pid is not None and self._process.is_alive():
-                self._process.kill()
-                os.killpg(self._process.pid, signal.SIGKILL)
+        """End the process at once, and what it started, which may outlive it and hold its pipes."""
+        if self._process.pid is None:
+            return
+        for end in (self._process.kill, lambda: os.killpg(self._process.pid or 0, signal.SIGKILL)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                end()
 
     async def result(self, hear: Callable[[ChildMessage], None]) -> Finished:
         """Wait for the child's work.
@@ -147,6 +148,7 @@ class Child:
 
     async def _died(self) -> ChildDied:
         await asyncio.to_thread(self._process.join)
+        self.kill()  # what it has started
         code = self._process.exitcode or 0
         if code < 0:
             name = signal.Signals(-code).name

@@ -7,10 +7,14 @@ from mistudio_schemas import KafkaRecord
 from mistudio_train.settings import Settings
 
 from .intake import Message
+from .kafka import MAX_MESSAGE_BYTES
 
 
 def dead_letter(message: Message, reason: Exception, settings: Settings) -> KafkaRecord:
-    """The record that keeps `message`, its own headers before the reason's."""
+    """The record that keeps `message`, its own headers before the reason's.
+
+    What no record can hold is left out, and said so: the original is where the headers tell.
+    """
     why = {
         "kafka_dlt-original-topic": message.topic,
         "kafka_dlt-original-partition": str(message.partition),
@@ -21,9 +25,22 @@ def dead_letter(message: Message, reason: Exception, settings: Settings) -> Kafk
         "kafka_dlt-exception-message": str(reason)[:1000],
         "kafka_dlt-attempt": "1",
     }
+    key, value, headers = message.key, message.value, message.headers
+    if _size(headers) > MAX_MESSAGE_BYTES // 2:
+        headers, why["mistudio-headers-left-out"] = (), f"{_size(headers)} bytes"
+    if len(key or b"") + len(value or b"") + _size(headers) > MAX_MESSAGE_BYTES:
+        # it came compressed
+        key, value, why["mistudio-value-left-out"] = None, b"", f"{len(key or b'')} and {len(value or b'')} bytes"
+    if key is None and value is None:
+        # Kafka has such records, but the client refuses to send one
+        value, why["mistudio-value-left-out"] = b"", "null"
     return KafkaRecord(
         topic=settings.topics.dead_letter,
-        key=message.key,
-        value=message.value,
-        headers=[*message.headers, *((name, text.encode()) for name, text in why.items())],
+        key=key,
+        value=value,
+        headers=[*headers, *((name, text.encode()) for name, text in why.items())],
     )
+
+
+def _size(headers: tuple[tuple[str, bytes], ...]) -> int:
+    return sum(len(name.encode()) + len(value or b"") for name, value in headers)

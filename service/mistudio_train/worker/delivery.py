@@ -7,8 +7,9 @@ any error the outcome is unknown, and is looked up.
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain, repeat
 from typing import Protocol, Self
 
 from aiokafka import AIOKafkaProducer, TopicPartition
@@ -87,7 +88,26 @@ class Delivery:
         return committed is not None and committed > self._offset
 
     async def place(self, record: KafkaRecord) -> Place:
-        """The partition that `record` will go to and its present end; note it before `finish`."""
+        """The partition that `record` will go to and its present end; note it before `finish`.
+
+        Waits for a broker that is away for as long as the partition is ours: the work that `record` tells of is done.
+
+        Raises:
+            PartitionLost: if the partition is no longer ours.
+
+        """
+        for delay in self._delays():
+            self._require_partition()
+            try:
+                return await self._place(record)
+            except (KafkaError, ConnectionError, TimeoutError) as error:
+                logger.warning("no place for the end of %s yet: %s; again in %.1f s", self._id, error, delay)
+            await asyncio.sleep(delay)
+        raise AssertionError("delays have no end")
+
+    async def _place(self, record: KafkaRecord) -> Place:
+        if self._producer is None:
+            await self._fresh_producer()
         partitions = sorted(await self._require_producer().partitions_for(record.topic))
         partition = DefaultPartitioner()(record.key, partitions, partitions)
         where = TopicPartition(record.topic, partition)
@@ -108,14 +128,17 @@ class Delivery:
         """
         if look_first:
             await self._close_producer()
-        tries = 0
-        while not await self._try_to_finish(record, place):
+        for delay in self._delays():
+            if await self._try_to_finish(record, place):
+                return self._read_on()
             self._require_partition()
-            delay = RETRY_SECONDS[min(tries, len(RETRY_SECONDS) - 1)]
             logger.warning("the end of %s is not confirmed; looking again in %.1f s", self._id, delay)
             await asyncio.sleep(delay)
-            tries += 1
-        self._read_on()
+        raise AssertionError("delays have no end")
+
+    @staticmethod
+    def _delays() -> Iterator[float]:
+        return chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1]))
 
     async def pass_by(self) -> None:
         """The message needs no record (any more): only move past it."""

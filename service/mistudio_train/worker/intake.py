@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from pydantic import SecretStr, TypeAdapter, ValidationError
@@ -9,8 +10,12 @@ from pydantic import SecretStr, TypeAdapter, ValidationError
 from mistudio_schemas import KINDS, ErrorCode, Limits, TrainRequested, header, read_object, unknown_fields
 from mistudio_schemas.kafka import EVENT_TYPES
 from mistudio_schemas.requests import JobId
-from mistudio_train.errors import RequestRefused
+from mistudio_train.errors import RequestRefused, brief
 
+UNKNOWN_NAMED = 50
+"""So many unknown fields are named."""
+NAME_CHARACTERS = 200
+SENTENCE_CHARACTERS = 300
 REQUEST_TYPES = frozenset(name for name, model in EVENT_TYPES.items() if model is TrainRequested)
 _JOB_ID: TypeAdapter[str] = TypeAdapter(JobId)
 _WRONG_SHAPE = frozenset({"missing", "union_tag_invalid", "union_tag_not_found", "json_invalid"})
@@ -78,15 +83,21 @@ def read(message: Message, limits: Limits) -> Intake:
         request if refusal is None else None,
         refusal,
         token,
-        unknown_fields(TrainRequested, raw),
-        header(message.headers, "traceparent"),
+        [brief(name, NAME_CHARACTERS) for name in islice(unknown_fields(TrainRequested, raw), UNKNOWN_NAMED)],
+        _traceparent(message),
     )
+
+
+def _traceparent(message: Message) -> str | None:
+    """W3C's trace context, if it can be one: it is copied into every event of the job."""
+    given = header(message.headers, "traceparent")
+    return given if given is not None and len(given) <= NAME_CHARACTERS else None
 
 
 def _object(message: Message) -> dict[str, Any]:
     kind = header(message.headers, "ce_type")
     if kind is not None and kind not in REQUEST_TYPES:
-        raise NotARequest(f"ce_type {kind!r} is unknown to this version")
+        raise NotARequest(f"ce_type {brief(kind, NAME_CHARACTERS)!r} is unknown to this version")
     if message.value is None:
         raise NotARequest("the message has no value")
     try:
@@ -116,7 +127,7 @@ def refusal_of(error: ValidationError) -> RequestRefused:
     for one in found[:5]:
         where = ".".join(str(part) for part in one["loc"] if part not in KINDS)
         what = one["msg"].removeprefix("Value error, ")
-        sentences.append(f"{where}: {what}" if where else what)
+        sentences.append(brief(f"{where}: {what}" if where else what, SENTENCE_CHARACTERS))
     shape = any(one["type"] in _WRONG_SHAPE or one["type"].endswith(("_type", "_parsing")) for one in found)
     code = ErrorCode.REQUEST_INVALID if shape else ErrorCode.REQUEST_OUT_OF_RANGE
     hint = "Correct the field and publish the request again; its schema is schemas/json/train.requested.v1.json."

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 DAY_MS = 24 * 3600 * 1000
 MAX_MESSAGE_BYTES = 10 * 1024 * 1024
+MAX_LETTER_BYTES = MAX_MESSAGE_BYTES + 64 * 1024
+"""Of a dead letter: any message, and the reason."""
 CLOSE_SECONDS = 5.0
 
 Client = TypeVar("Client", AIOKafkaConsumer, AIOKafkaProducer)
@@ -86,7 +88,7 @@ def producer(settings: Settings, transactional_id: str | None = None) -> AIOKafk
         transactional_id=transactional_id,
         enable_idempotence=settings.kafka_transactions,
         acks="all",
-        max_request_size=MAX_MESSAGE_BYTES,
+        max_request_size=MAX_LETTER_BYTES,
     )
 
 
@@ -153,7 +155,7 @@ def topic_plans(settings: Settings) -> list[TopicPlan]:
         TopicPlan(names.completed, 8, year),
         TopicPlan(names.failed, 8, year),
         TopicPlan(names.cancelled, 8, year),
-        TopicPlan(names.dead_letter, 1, month),
+        TopicPlan(names.dead_letter, 1, month | {"max.message.bytes": str(MAX_LETTER_BYTES)}),
     ]
 
 

@@ -8,6 +8,9 @@ from mistudio_train import __version__
 from mistudio_train.errors import JobError
 from mistudio_train.messages import Finished
 
+LISTED = 1000
+"""Entries of a list in an event at most; the files have all."""
+
 
 @dataclass(frozen=True)
 class Who:
@@ -41,7 +44,7 @@ def completed(
         model_path=uri["sae_model.pt"],
         activations_path=uri["feature_activations.pt"],
         metadata_path=uri["metadata.json"],
-        training_stats=finished.training_stats,
+        training_stats={name: _thinned(value) for name, value in finished.training_stats.items()},
         feature_count=primary.feature_count,
         ready_for_find_service=True,
         saes=finished.saes,
@@ -55,6 +58,13 @@ def completed(
         memory_peak_bytes=finished.memory_peak_bytes,
         version=__version__,
     )
+
+
+def _thinned(value: object) -> object:
+    """Of a list of an entry an epoch so many that an event can hold them, the first and the last among them."""
+    if not isinstance(value, list) or len(value) <= LISTED:
+        return value
+    return [value[round(i * (len(value) - 1) / (LISTED - 1))] for i in range(LISTED)]
 
 
 def failed(who: Who, error: JobError, now: TrainProgress, attempts: int) -> TrainFailed:

@@ -10,11 +10,17 @@ from dataclasses import asdict
 from typing import Any
 
 from mistudio_schemas import TrainProgress
+from mistudio_train.errors import brief
 from mistudio_train.messages import ChildMessage, Loaded, Progress, Warned
 
 logger = logging.getLogger(__name__)
 
 MIN_INTERVAL = 1.0
+RETRY_INTERVAL = 5.0
+LAST_TRIES = 5
+"""Of the last event, which the compacted topic keeps as the job's status."""
+WARNINGS = 100
+"""The latest of them are in an event."""
 CHILD_SHARE = 0.9
 """Of a job's progress that is the child's; the rest is fetching, uploading and publishing."""
 
@@ -30,9 +36,10 @@ class ProgressFeed:
 
     def __init__(self, publish: Callable[[TrainProgress], Awaitable[None]], first: TrainProgress) -> None:
         self._publish = publish
-        self._state = first.model_dump(exclude={"time"})
+        self._first = first.model_dump(exclude={"time"})
+        self._state = dict(self._first)
         self._sent_at = float("-inf")
-        self._unsaid = False
+        self._unsaid = self._published = False
         self._speaking: asyncio.Task[None] | None = None
         self.say()
 
@@ -48,6 +55,11 @@ class ProgressFeed:
         if self._speaking is None or self._speaking.done():
             self._speaking = asyncio.create_task(self._speak())
 
+    def begin_again(self, attempt: int) -> None:
+        """A new attempt: what the former one's child has said is not true of it."""
+        self._state = self._first | {"attempt": attempt, "unknown_fields": []}
+        self.say()
+
     def hear(self, message: ChildMessage) -> None:
         """The child has spoken."""
         match message:
@@ -61,15 +73,19 @@ class ProgressFeed:
             case Loaded():
                 self.say(model_info=message.model_info.model_dump())
             case Warned():
-                self.say(warnings=[*self._state["warnings"], message.message])
+                self.say(warnings=[*self._state["warnings"], brief(message.message)][-WARNINGS:])
             case _:
                 pass
 
     async def close(self, **changes: Any) -> None:
-        """The last word; returns when it is published."""
-        self.say(**changes)
-        if self._speaking is not None:
+        """The last word; returns when it is published, or cannot be."""
+        for _ in range(LAST_TRIES):
+            self.say(**changes)
+            assert self._speaking is not None  # `say` has just seen to it
             await self._speaking
+            if self._published:
+                return
+            await asyncio.sleep(RETRY_INTERVAL)
 
     async def _speak(self) -> None:
         while self._unsaid:
@@ -78,7 +94,9 @@ class ProgressFeed:
             self._sent_at, self._unsaid = loop.time(), False
             event = self.current
             self._state["unknown_fields"] = []  # named once, in the first event
+            self._published = False
             try:
                 await self._publish(event)
+                self._published = True
             except Exception as error:
                 logger.warning("progress of %s was not published: %s", event.job_id, type(error).__name__)

@@ -24,6 +24,7 @@ class Slot(ConsumerRebalanceListener):  # type: ignore[misc]
     def __init__(self, number: int, supervisor: Supervisor, ready: asyncio.Event) -> None:
         self.number, self._supervisor, self._ready = number, supervisor, ready
         self.assigned: frozenset[TopicPartition] | None = None
+        self._stopping = False
         self._busy: TopicPartition | None = None
         self._job: asyncio.Task[None] | None = None
 
@@ -31,13 +32,15 @@ class Slot(ConsumerRebalanceListener):  # type: ignore[misc]
         """FastStream's handler; it returns when the message has ended or is no longer ours."""
         await self._ready.wait()
         self._busy = TopicPartition(record.topic, record.partition)
-        if self._busy not in group.assignment():
+        if self._stopping or self._busy not in group.assignment():
+            # FastStream hands over what it has fetched until it is stopped itself; the end of a later message would
+            # commit an offset beyond the job that has just been given back
             return
         self._job = asyncio.create_task(self._supervisor.handle(as_message(record), group))
         try:
             await asyncio.shield(self._job)
         except asyncio.CancelledError:
-            await self.stop()
+            await self._give_back()
             if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 raise
         finally:
@@ -55,7 +58,11 @@ class Slot(ConsumerRebalanceListener):  # type: ignore[misc]
             self._job.cancel()
 
     async def stop(self) -> None:
-        """End the running job's process; nothing is committed, so the job is delivered again."""
+        """End the running job's process and begin no other; nothing is committed, so the job is delivered again."""
+        self._stopping = True
+        await self._give_back()
+
+    async def _give_back(self) -> None:
         if self._job is not None:
             self._job.cancel()
             await asyncio.gather(self._job, return_exceptions=True)

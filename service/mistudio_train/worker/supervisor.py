@@ -19,7 +19,7 @@ from mistudio_schemas import (
     TrainProgress,
     record_for,
 )
-from mistudio_train.errors import JobError, StoreUnavailable
+from mistudio_train.errors import ChildDied, JobError, StoreUnavailable
 from mistudio_train.settings import Settings
 
 from . import intake as reading
@@ -39,6 +39,7 @@ from .store import Store
 logger = logging.getLogger(__name__)
 
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
+GIVE_BACK_SECONDS = 5.0
 T = TypeVar("T")
 
 
@@ -134,7 +135,11 @@ class Supervisor:
             try:
                 if intake.request is None:
                     raise intake.refusal or JobError("no request", "This is a defect of the worker.")
+                self._require_attempts(claim)
                 return claim, await self._attempt(claim, intake, feed).run()
+            except asyncio.CancelledError:
+                await asyncio.shield(self._give_back(claim))
+                raise
             except (RunLost, PartitionLost):
                 raise
             except Exception as unexpected:
@@ -148,7 +153,25 @@ class Supervisor:
                 feed.say(message=f"{error}; tried again in {delay:.0f} s")
                 await asyncio.sleep(delay)
                 claim = await self._next_attempt(claim)
-                feed.say(attempt=claim.attempt)
+                feed.begin_again(claim.attempt)
+
+    def _require_attempts(self, claim: Claim) -> None:
+        """Refuse one more try of a run whose workers died, as often as it may fail: it may well have killed them."""
+        if (lost := claim.failed_attempts) >= self._settings.max_attempts:
+            raise ChildDied(
+                f"the run was given up after {lost} attempts: the worker itself died in the last one",
+                "Look at that worker's end (out of memory?); ask for less memory, or raise MAX_ATTEMPTS.",
+            )
+
+    async def _give_back(self, claim: Claim) -> None:
+        """Note that this attempt was stopped in good order, so that it counts as no failure; if it can be done soon."""
+        try:
+            async with asyncio.timeout(GIVE_BACK_SECONDS):
+                await asyncio.to_thread(
+                    self._register.attempt_stopped, claim, "the worker was stopped, or lost the run"
+                )
+        except (RunLost, StoreUnavailable, TimeoutError) as error:
+            logger.info("job %s: its register does not say 'stopped': %s", claim.record.job_id, error)
 
     def _attempt(self, claim: Claim, intake: Intake, feed: ProgressFeed) -> Attempt:
         outside = self._settings, self._store, self._devices
