@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -85,6 +86,12 @@ def killed(spec: JobSpec, send: Send) -> Finished:
     print("the last line before the end", file=sys.stderr, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
     return finished()
+
+
+def leaves_another_behind(spec: JobSpec, send: Send) -> Finished:
+    """Dies and leaves a process that holds its pipes."""
+    subprocess.Popen(["sleep", "600"])
+    os._exit(4)
 
 
 def exits(spec: JobSpec, send: Send) -> Finished:

@@ -1,5 +1,6 @@
 """Real child processes that work, hang, die and lie; and a parent that dies."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -62,6 +63,12 @@ async def test_a_killed_child_is_named_by_its_signal_and_its_last_line_is_kept(t
 async def test_a_child_that_exits_without_a_word_has_died(tmp_path: Path) -> None:
     with pytest.raises(ChildDied, match="status 3"):
         await said(jobs.exits, tmp_path)
+
+
+async def test_what_a_dead_child_has_started_dies_with_it_and_holds_nothing_up(tmp_path: Path) -> None:
+    async with asyncio.timeout(30):
+        with pytest.raises(ChildDied, match="status 4"):
+            await said(jobs.leaves_another_behind, tmp_path)
 
 
 @pytest.mark.parametrize("job", [jobs.hangs, jobs.murmurs])

@@ -141,6 +141,36 @@ def failing_first(method: Callable[..., Awaitable[None]]) -> Callable[..., Await
     return call
 
 
+async def test_the_end_waits_for_a_broker_that_is_away(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with worker.delivery() as delivery:
+        monkeypatch.setattr(AIOKafkaConsumer, "start", failing_first(AIOKafkaConsumer.start))
+        place = await delivery.place(worker.record())
+        await delivery.finish(worker.record(), place)
+    assert len(await worker.published(worker.record().topic)) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "headers", "kept"),
+    [
+        (None, None, (), (None, b"")),
+        (b"k", b"x" * (kafka.MAX_MESSAGE_BYTES - 200), (), (b"k", b"x" * (kafka.MAX_MESSAGE_BYTES - 200))),
+        (b"k", b"x" * (kafka.MAX_MESSAGE_BYTES + 1), (("h", b"v"),), (None, b"")),
+        (b"k", b"v", (("h", b"x" * kafka.MAX_MESSAGE_BYTES),), (b"k", b"v")),
+    ],
+    ids=["nothing", "as large as may be", "too large", "headers too large"],
+)
+async def test_every_dead_letter_can_be_delivered(
+    worker: Worker, key: bytes | None, value: bytes | None, headers: Any, kept: tuple[bytes | None, bytes]
+) -> None:
+    message = Message(worker.source.topic, 0, OFFSET, 0, key, value, headers)
+    letter = dead_letter(message, NotARequest("no JSON"), worker.settings)
+    async with worker.delivery() as delivery:
+        await delivery.finish(letter, await delivery.place(letter))
+    (found,) = await worker.published(letter.topic)
+    assert (found.key, found.value) == kept
+    assert header(found.headers, "kafka_dlt-original-offset") == str(OFFSET)
+
+
 async def test_an_event_that_is_already_there_is_not_published_again(worker: Worker) -> None:
     record = worker.record()
     async with worker.delivery() as delivery:

@@ -19,6 +19,27 @@ def read_json(raw: dict[str, Any]) -> Any:
     return read(message(json.dumps(raw).encode()), Limits())
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"sae": {"kind": "x" * 5_000_000}},
+        {"y" * 5_000_000: 1},
+        {f"unknown{number}": 1 for number in range(100_000)},
+        {"corpus_column": "c" * 5_000_000},
+    ],
+    ids=["kind", "name", "names", "column"],
+)
+def test_what_is_said_of_a_request_has_bounds(field: dict[str, Any]) -> None:
+    intake = read_json(SEED | field)
+    said = json.dumps([intake.unknown, str(intake.refusal), intake.refusal.hint if intake.refusal else ""])
+    assert len(said) < 20_000
+
+
+def test_a_trace_context_that_can_be_none_is_not_carried_on() -> None:
+    value = json.dumps(SEED).encode()
+    assert read(message(value, (("traceparent", b"0" * 1000),)), Limits()).traceparent is None
+
+
 GARBAGE = [
     None,
     b"",

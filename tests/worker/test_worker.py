@@ -11,6 +11,8 @@ import pytest
 from mistudio_schemas import ErrorCode, TrainCompleted, TrainFailed, TrainProgress, TrainRequested, header, record_for
 from mistudio_train.settings import Settings
 from mistudio_train.worker.child_main import Job
+from mistudio_train.worker.intake import Message
+from mistudio_train.worker.register import Register
 from mistudio_train.worker.store import open_store
 
 from . import jobs
@@ -111,6 +113,35 @@ async def test_a_child_that_dies_is_tried_again_up_to_the_limit(settings: Settin
     assert isinstance(failed, TrainFailed)
     assert (failed.code, failed.attempts, failed.retryable) == (ErrorCode.CHILD_DIED, 2, True)
     assert failed.traceback[-1] == "the last line before the end"
+
+
+async def test_a_run_whose_workers_died_as_often_as_it_may_fail_is_given_up(settings: Settings) -> None:
+    asked = request("job-1", settings)
+    await publish(settings, asked | {"partition": 0, "timestamp_ms": 1_700_000_000_000})
+    message = Message(asked["topic"], 0, 0, 1_700_000_000_000, asked["key"], asked["value"])
+    store = open_store(settings)
+    store.ensure()
+    register = Register(store)
+    for number in range(settings.max_attempts):
+        register.claim("job-1", message, settings.kafka_group_id, f"dead-worker-{number}")
+    async with running_worker(settings, jobs.works), reading(settings, settings.topics.failed) as reader:
+        (failed,) = events(await reader.of(settings.topics.failed, 1))
+    assert isinstance(failed, TrainFailed)
+    assert failed.code is ErrorCode.CHILD_DIED
+    assert "the worker itself died" in failed.message
+
+
+async def test_a_worker_that_is_told_to_stop_gives_its_run_back(settings: Settings) -> None:
+    topics = settings.topics
+    await publish(settings, request("job-1", settings))
+    async with running_worker(settings, jobs.goes_on), reading(settings, topics.progress) as reader:
+        await reader.until(lambda found: bool(found) and b'"training"' in found[-1].value)
+    (claim,) = Register(open_store(settings)).runs("job-1")
+    assert [attempt.outcome for attempt in claim.record.attempts] == ["stopped"]
+    async with running_worker(settings, jobs.works), reading(settings, topics.completed) as reader:
+        (done,) = events(await reader.of(topics.completed, 1))
+    assert isinstance(done, TrainCompleted)
+    assert (done.run, done.attempt) == (1, 2)
 
 
 async def test_a_stall_is_reported_and_nothing_is_said_meanwhile(settings: Settings) -> None:

@@ -1,0 +1,69 @@
+"""A slot that is told to stop gives its job back and begins no other, whatever the bus still hands over."""
+
+import asyncio
+from typing import Any
+
+from aiokafka import ConsumerRecord, TopicPartition
+
+from mistudio_train.worker.slots import Slot
+
+PARTITION = TopicPartition("train.requested", 0)
+
+
+class Group:
+    """A consumer that keeps its partition."""
+
+    def assignment(self) -> frozenset[TopicPartition]:
+        return frozenset({PARTITION})
+
+
+class Supervisor:
+    """Works on every message until it is cancelled."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.begun = asyncio.Event()
+
+    async def handle(self, message: Any, group: Any) -> None:
+        self.said.append(f"begins {message.offset}")
+        self.begun.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.said.append(f"gives back {message.offset}")
+
+
+def record(offset: int) -> ConsumerRecord:
+    return ConsumerRecord(*PARTITION, offset, 0, 0, None, b"{}", None, 0, 0, ())
+
+
+def slot_of(supervisor: Any) -> Slot:
+    ready = asyncio.Event()
+    ready.set()
+    return Slot(0, supervisor, ready)
+
+
+async def test_a_stopped_slot_gives_its_job_back_and_passes_by_what_follows() -> None:
+    supervisor, group = Supervisor(), Group()
+    slot = slot_of(supervisor)
+    handler = asyncio.create_task(slot.on_message(record(5), group))  # type: ignore[arg-type]
+    await supervisor.begun.wait()
+    await slot.stop()
+    await handler
+    await slot.on_message(record(6), group)  # type: ignore[arg-type]
+    assert supervisor.said == ["begins 5", "gives back 5"]
+
+
+async def test_a_job_whose_partition_is_gone_stops_and_the_slot_goes_on() -> None:
+    supervisor, group = Supervisor(), Group()
+    slot = slot_of(supervisor)
+    handler = asyncio.create_task(slot.on_message(record(5), group))  # type: ignore[arg-type]
+    await supervisor.begun.wait()
+    await slot.on_partitions_assigned([TopicPartition("train.requested", 1)])
+    await handler
+    supervisor.begun.clear()
+    handler = asyncio.create_task(slot.on_message(record(6), group))  # type: ignore[arg-type]
+    await supervisor.begun.wait()
+    await slot.stop()
+    await handler
+    assert supervisor.said == ["begins 5", "gives back 5", "begins 6", "gives back 6"]
