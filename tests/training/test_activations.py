@@ -25,7 +25,7 @@ def index_of(folder: Path, rows: int) -> RowIndex:
         with ArrayWriter(folder / name, "<i8") as writer:
             writer.append(numbers)
     files = {name: ArrayFile(folder / name, "<i8") for name in values}
-    return RowIndex(files["starts"], files["text"].map(), files["position"].map(), files["position"].map())
+    return RowIndex(files["starts"], files["text"], files["position"], files["position"])
 
 
 def stored(folder: Path, rows_ND: Tensor, shard_bytes: int = 1 << 20) -> ActivationStore:

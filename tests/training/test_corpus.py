@@ -194,3 +194,33 @@ def test_a_file_that_may_not_be_read_is_refused_with_what_to_do(unprivileged: Pa
         open_corpus(path, None, name, unprivileged / "scratch")
     assert caught.value.code is ErrorCode.CORPUS_NOT_ALLOWED
     assert "Let its user read" in caught.value.hint
+
+
+def test_a_damaged_parquet_file_is_a_corpus_that_cannot_be_read(tmp_path: Path) -> None:
+    texts = [f"text {number} {hashlib.sha256(bytes([number % 256])).hexdigest()}" for number in range(5000)]
+    good = parquet_bytes({"text": list(texts)})
+    refused = 0
+    for at in range(100, len(good) - 100, len(good) // 40):
+        (tmp_path / "p.parquet").write_bytes(
+            good[:at] + bytes(byte ^ 0xFF for byte in good[at : at + 16]) + good[at + 16 :]
+        )
+        try:
+            open_corpus(tmp_path / "p.parquet", None, "p.parquet", tmp_path / f"scratch-{at}")
+        except CorpusRefused:
+            refused += 1
+    assert refused > 20
+
+
+def test_reading_says_how_far_it_is(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text\n" * 5000)
+    said: list[int] = []
+    open_corpus(tmp_path / "a.txt", None, "a.txt", tmp_path / "scratch", said.append)
+    assert said == [0, 1000, 2000, 3000, 4000]
+
+
+def test_long_texts_are_not_read_many_at_once(tmp_path: Path) -> None:
+    lines = ["x" * (3 * 1024**2), "short", "y" * (3 * 1024**2), "z" * (6 * 1024**2), "end"]
+    (tmp_path / "a.txt").write_text("\n".join(lines))
+    texts = open_corpus(tmp_path / "a.txt", None, "a.txt", tmp_path / "scratch")
+    assert list(texts) == lines
+    assert list(texts.first(2)) == lines[:2]

@@ -185,8 +185,8 @@ def test_a_mean_cuts_long_texts_and_counts_what_it_cut(model_folder: Folder, tmp
     assert result.corpus.tokens_truncated == sum(max(0, length - 8) for length in lengths)
     assert (result.corpus.rows, result.corpus.texts, result.corpus.windows) == (len(TEXTS),) * 3
     index = result.stores[RESIDUAL].index
-    assert index.text_of_row.tolist() == list(range(len(TEXTS)))
-    assert set(index.token_of_row.tolist()) == set(index.position_of_row.tolist()) == {-1}
+    assert index.text_of_row[:].tolist() == list(range(len(TEXTS)))
+    assert set(index.token_of_row[:].tolist()) == set(index.position_of_row[:].tolist()) == {-1}
 
 
 def test_the_models_own_positions_limit_the_length(model_folder: Folder, tmp_path: Path) -> None:

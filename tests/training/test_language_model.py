@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from mistudio_schemas import ErrorCode
 from mistudio_train.errors import MemoryExhausted, ModelRefused, RequestRefused
@@ -196,3 +196,32 @@ def test_nothing_is_left_hooked_and_nothing_can_be_differentiated(model_folder: 
     model.activations(ids, torch.ones_like(ids))
     assert not any(module._forward_hooks for module in model.trunk.modules())
     assert not any(weight.requires_grad for weight in model.trunk.parameters())
+
+
+def test_activations_of_another_layout_are_refused_and_never_reshaped(model_folder: Folder) -> None:
+    model = load_tiny(model_folder("llama"), [Site(1)])
+    ids = torch.ones(2, 3, dtype=torch.int64)
+
+    class SequenceFirst(nn.Module):
+        def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            return hidden.transpose(0, 1)
+
+    model.modules[Site(1)] = SequenceFirst()
+    trunk: Any = model.trunk
+    trunk.layers[1] = model.modules[Site(1)]
+    with pytest.raises(ModelRefused, match=r"activations of shape \[3, 2, 32\] for 2 sequences of 3 tokens"):
+        model.activations(ids, torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("family", ["xlnet", "fsmt"])
+def test_families_that_put_the_sequence_first_are_refused(family: str) -> None:
+    with pytest.raises(ModelRefused, match=family):
+        find_blocks(nn.Module(), family, 2)
+
+
+@pytest.mark.parametrize("hook_site", ["mlp_out", "attn_out"])
+def test_a_block_whose_parts_add_the_residual_themselves_has_no_sites_inside(hook_site: Any) -> None:
+    block = nn.Module()
+    block.mlp = block.self_attn = nn.Linear(1, 1)
+    with pytest.raises(RequestRefused, match="cannot be told"):
+        hooked_module(block, "bloom", hook_site)

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from mistudio_train.errors import DiskFull
 
-from .disk import disk_errors
+from .disk import ArrayFile, disk_errors
 from .tokens import RowIndex
 
 SHARD_BYTES: Final = 256 * 1024**2
+"""Of small stores."""
+MAX_SHARDS: Final = 64
+"""Each is an open file of the process, and every site has as many; those of a large store are larger."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Layout:
     @property
     def shard_rows(self) -> int:
         """Rows of a full shard."""
-        return max(1, self.shard_bytes // self.row_bytes)
+        return max(1, self.shard_bytes // self.row_bytes, -(-self.rows // MAX_SHARDS))
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Shard, first row in it and number of rows, for each shard that rows `start` to `stop` lie in."""
@@ -116,18 +119,18 @@ class ActivationStore:
         return self.layout.d_in
 
     @property
-    def text_of_row(self) -> NDArray[Any]:
-        """int32 [rows], memory-mapped: which text each row is of."""
+    def text_of_row(self) -> ArrayFile:
+        """int32 [rows]: which text each row is of."""
         return self.index.text_of_row
 
     @property
-    def position_of_row(self) -> NDArray[Any]:
-        """int32 [rows], memory-mapped: which of its text's tokens each row is; -1 where the row is a whole text."""
+    def position_of_row(self) -> ArrayFile:
+        """int32 [rows]: which of its text's tokens each row is; -1 where the row is a whole text."""
         return self.index.position_of_row
 
     @property
-    def token_of_row(self) -> NDArray[Any]:
-        """int32 [rows], memory-mapped: the token's id; -1 where the row is a whole text."""
+    def token_of_row(self) -> ArrayFile:
+        """int32 [rows]: the token's id; -1 where the row is a whole text."""
         return self.index.token_of_row
 
     def rows_of_text(self, text: int) -> slice:

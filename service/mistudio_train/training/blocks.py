@@ -25,6 +25,7 @@ class Family:
 
 
 _LLAMA: Final = Family("layers", "mlp", "self_attn")
+_GEMMA2: Final = Family("layers", "post_feedforward_layernorm", "post_attention_layernorm")
 _BERT: Final = Family("encoder.layer", "output.dense", "attention.output.dense")
 _T5: Final = Family("encoder.block", "layer.1.DenseReluDense", "layer.0.SelfAttention")
 FAMILIES: Final[dict[str, Family]] = {
@@ -34,6 +35,8 @@ FAMILIES: Final[dict[str, Family]] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "gemma": _LLAMA,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
     "phi": _LLAMA,
     "opt": Family("decoder.layers", "fc2", "self_attn"),
     "bert": _BERT,
@@ -44,6 +47,10 @@ FAMILIES: Final[dict[str, Family]] = {
     "t5": _T5,
     "mt5": _T5,
 }
+UNREADABLE: Final = ("xlnet", "fsmt")
+"""Families whose blocks put the sequence before the batch: rows would be those of other texts."""
+RESIDUAL_INSIDE: Final = ("bloom",)
+"""Families whose MLP and attention add the residual stream themselves."""
 PLAIN_MLP: Final = ("mlp",)
 PLAIN_ATTENTION: Final = ("self_attn", "attn")
 """Children of a block of an unknown family that go by these names hold no residual connection themselves; `attention`
@@ -58,6 +65,12 @@ def find_blocks(trunk: nn.Module, model_type: str, total_layers: int) -> nn.Modu
         ModelRefused: `model.unsupported`, if no list, or more than one, can be it.
 
     """
+    if model_type in UNREADABLE:
+        raise ModelRefused(
+            f"The blocks of the '{model_type}' model lay out a batch in a way that this version does not read",
+            "Choose a model of another family.",
+            ErrorCode.MODEL_UNSUPPORTED,
+        )
     family = FAMILIES.get(model_type)
     known = _at(trunk, family.blocks) if family else None
     if isinstance(known, nn.ModuleList) and len(known) == total_layers:
@@ -87,6 +100,8 @@ def hooked_module(block: nn.Module, model_type: str, hook_site: HookSite) -> nn.
         paths: Sequence[str] = (family.mlp if hook_site == "mlp_out" else family.attention,)
     else:
         paths = PLAIN_MLP if hook_site == "mlp_out" else PLAIN_ATTENTION
+    if model_type in RESIDUAL_INSIDE:
+        paths = ()
     module = next((module for path in paths if (module := _at(block, path)) is not None), None)
     if module is None:
         children = ", ".join(name for name, _ in block.named_children())

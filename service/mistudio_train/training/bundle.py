@@ -14,6 +14,7 @@ from typing import Final, Literal, Protocol
 import torch
 from torch import Tensor
 
+from .bundle_limits import MIN_ROWS
 from .files import refuse_non_finite, refuse_unless_plain, refused, whole
 from .torch_archive import Matrix, Strings, TorchArchive, pickled, torch_archive, write_tensor
 
@@ -34,7 +35,6 @@ class TextList(Protocol):
         ...
 
 
-MIN_ROWS: Final = 2
 ARCHIVE_BYTES: Final = 4096
 """More than the archive takes beside its pickle and storages."""
 STRING_BYTES: Final = 6

@@ -23,11 +23,14 @@ MAX_LINE_BYTES: Final = 16 * 1024**2
 """A longer line is no text; without a bound one binary file would fill the memory."""
 MAX_JSON_BYTES: Final = 64 * 1024**2
 """A `.json` file is parsed as a whole, so it must be small; `.jsonl` has no limit."""
+TEXTS_BETWEEN: Final = 1000
 SAMPLE_ROWS: Final = 100
 """Rows of a csv file that are looked at to tell columns of numbers from columns of text."""
 
 
-def open_corpus(path: Path, column: str | None, name: str, scratch: Path) -> Texts:
+def open_corpus(
+    path: Path, column: str | None, name: str, scratch: Path, on_texts: Callable[[int], None] = lambda read: None
+) -> Texts:
     """Read the corpus file at `path` into `scratch`, texts in the file's order, empty ones dropped and counted.
 
     Args:
@@ -35,6 +38,7 @@ def open_corpus(path: Path, column: str | None, name: str, scratch: Path) -> Tex
         column: of csv, json, jsonl and parquet; `None`: `text`, or the only one that holds strings.
         name: how the requester calls the file; its suffix tells the format, and errors name it.
         scratch: a folder for the texts, and for the unpacked file where a format needs one.
+        on_texts: told now and then how many were read.
 
     Raises:
         CorpusRefused: `corpus.unreadable`, `corpus.column` or `corpus.empty`, with the line and the reason.
@@ -49,6 +53,8 @@ def open_corpus(path: Path, column: str | None, name: str, scratch: Path) -> Tex
             if not text or text.isspace():
                 dropped += 1
                 continue
+            if writer.count % TEXTS_BETWEEN == 0:
+                on_texts(writer.count)
             try:
                 writer.append(text)
             except UnicodeEncodeError as error:

@@ -24,6 +24,14 @@ FP64_COPIES = 4
 """Of the rows and their reconstructions, held at once."""
 
 
+class Labels(Protocol):
+    """A number for each row, of which some are read at a time."""
+
+    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
+        """Of these rows."""
+        ...
+
+
 class OrderedRows(Protocol):
     """Stored activations in the order of the texts."""
 
@@ -37,17 +45,17 @@ class OrderedRows(Protocol):
         ...
 
     @property
-    def text_of_row(self) -> NDArray[Any]:
+    def text_of_row(self) -> Labels:
         """int32 [rows]: which text each row is of."""
         ...
 
     @property
-    def position_of_row(self) -> NDArray[Any]:
+    def position_of_row(self) -> Labels:
         """int32 [rows]: which of its text's tokens; -1 for a whole text."""
         ...
 
     @property
-    def token_of_row(self) -> NDArray[Any]:
+    def token_of_row(self) -> Labels:
         """int32 [rows]: the token's id; -1 for a whole text."""
         ...
 

@@ -160,6 +160,7 @@ class _Run:
         self.on_progress(self.done, self.tokens.corpus.tokens)
 
     def _write(self, site: Site, rows_ND: Tensor, starts: NDArray[Any], counts: NDArray[Any]) -> None:
+        rows_ND = rows_ND.to(self.writers[site].layout.dtype)  # some families compute in more than they are stored in
         if not torch.isfinite(rows_ND).all():
             raise ModelRefused(
                 f"The activations at {site} are not finite numbers in {self.model.dtype}",

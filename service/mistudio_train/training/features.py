@@ -91,13 +91,12 @@ def write_features(
     budget = max_bytes - FOOTER_BYTES - 4 * len(json.dumps(description))
     with whole(path) as partial, partial.open("wb") as sink, _parquet(sink) as writer:
         info = _write_groups(writer, sink, _grouped(_entries(blocks, d_sae)), budget)
-        limits = {"max_bytes": max_bytes, **asdict(info)}
-        writer.add_key_value_metadata({METADATA_KEY: json.dumps(description | limits, allow_nan=False)})
+        writer.add_key_value_metadata({METADATA_KEY: json.dumps(description | asdict(info), allow_nan=False)})
     return info
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """What a store says of itself: the arguments of `write_features` and the fields of `FeaturesInfo`."""
+    """What a store says of itself: what `write_features` was told of it, and the fields of `FeaturesInfo`."""
     description: dict[str, Any] = json.loads(pq.ParquetFile(path).metadata.metadata[METADATA_KEY.encode()])
     return description
 

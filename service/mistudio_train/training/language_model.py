@@ -87,8 +87,18 @@ class LanguageModel:
         finally:
             for handle in handles:
                 handle.remove()
-        batch, length = ids_BT.shape
-        return {site: caught[site].reshape(batch, length, self.d_in) for site in self.sites}
+        return {site: self._by_text(caught[site], *ids_BT.shape) for site in self.sites}
+
+    def _by_text(self, acts: Tensor, batch: int, length: int) -> Tensor:
+        """[B, T, d_in]; some families have one row a token inside their blocks."""
+        if acts.shape not in ((batch, length, self.d_in), (batch * length, self.d_in)):
+            raise ModelRefused(
+                f"The blocks of {self.source.name} give activations of shape {list(acts.shape)} for {batch} sequences "
+                f"of {length} tokens",
+                "Choose a model of another family.",
+                ErrorCode.MODEL_UNSUPPORTED,
+            )
+        return acts.reshape(batch, length, self.d_in)
 
 
 class _AllCaught(Exception):

@@ -21,10 +21,11 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 BYTES: Final[dict[Dtype, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4_BYTES: Final = 0.52
 """A 4-bit weight with its doubly quantised scales."""
-SAE_COPIES: Final = 5
-"""fp32 copies of an SAE in training: weights, gradients, two moments of Adam, and the best epoch's weights."""
-SAE_BATCH_COPIES: Final = 4
-"""fp32 matrices of rows by latents that a step holds at once."""
+SAE_COPIES: Final = 7
+"""fp32 copies of an SAE in training, as measured: weights, gradients, two moments of Adam, and of the decoder its
+transpose with its gradient, twice where dead latents have a loss of their own."""
+SAE_BATCH_COPIES: Final = 8
+"""fp32 matrices of rows by latents that a step holds at once, as measured."""
 MAX_TOKENS_CPU: Final = 2048
 """Beyond this a forward pass on a CPU gains nothing: its activations leave the cache."""
 MAX_TOKENS_GPU: Final = 65536

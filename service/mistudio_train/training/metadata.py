@@ -4,13 +4,14 @@ Owns the fields that downstream readers know by name; must not measure anything 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Final
 
 from mistudio_schemas import CorpusInfo, ModelInfo, SAEResult
 
 from .bundle import ROW_MEANING, BundleInfo, Pooling
+from .features import FeaturesInfo
 from .files import refused, require
 
 SERVICE: Final = "miStudioTrain"
@@ -63,6 +64,8 @@ class Described:
     bundle: BundleInfo
     memory_optimizations: Mapping[str, object]
     paths: Paths
+    features: FeaturesInfo | None = None
+    """Of the sparse store; `None` where there is none, as the bundle has all that it would."""
     training_results: Mapping[str, object] = field(default_factory=dict)
     """What to add to the results that `sae` holds: seconds, device, losses."""
     decisions: Mapping[str, object] = field(default_factory=dict)
@@ -120,6 +123,7 @@ def _data_info(job: Described) -> dict[str, object]:
         "feature_activation_shape": [job.bundle.rows, job.sae.feature_count],
         "bundle_truncated": job.bundle.truncated,
         "bundle_size": job.bundle.size,
+        "feature_store": asdict(job.features) if job.features else None,
         "pooling": job.pooling,
         "row_meaning": ROW_MEANING[job.pooling],
         "corpus": job.corpus.model_dump(mode="json"),

@@ -11,6 +11,7 @@ from .disk import disk_errors
 from .source import Place, Source
 
 ROWS_AT_ONCE = 1024
+READ_BYTES = 1 << 20
 
 
 def parquet_texts(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
@@ -25,14 +26,18 @@ def parquet_texts(source: Source, column: str | None, scratch: Path) -> Iterator
 
     with _seekable(source, scratch) as file:
         try:
-            table = parquet.ParquetFile(file)
+            # what is read ahead stays in memory as long as the file is open
+            table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES)
             wanted = _column(source, table.schema_arrow, column)
             number = 0
             for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[wanted]):
                 for text in batch.column(0).cast(pa.large_string()):
                     number += 1
                     yield f"row {number}", text.as_py() or ""
-        except (pa.ArrowException, UnicodeDecodeError) as error:
+        except PermissionError:
+            raise
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+            # damaged pages are OSErrors too
             raise source.refused(None, f"no readable parquet ({str(error).splitlines()[0]})") from error
 
 

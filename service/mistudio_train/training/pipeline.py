@@ -6,21 +6,25 @@ Reads top to bottom as the job goes; each step's substance is in its own module.
 import ctypes
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
 from transformers.models.auto import modeling_auto
 
 from mistudio_schemas import StandardSAE, TopKSAE, TrainRequested
+from mistudio_train.errors import MemoryExhausted
 from mistudio_train.messages import Finished, Lease
 from mistudio_train.sae.build import recipe_for
 
 from .activations import ActivationStore
+from .bundle_limits import refuse_hopeless
 from .extract import Extraction, extract
 from .files import write_json
 from .fit import fit
-from .language_model import LanguageModel, load
-from .memory_plan import MemoryPlan
+from .language_model import LanguageModel, is_out_of_memory, load
+from .memory_plan import GIB, MemoryPlan
 from .reporter import Reporter
 from .results import Context, Written, write_result
 from .run import Accepted
@@ -62,7 +66,9 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
         memory_optimizations=job.plan.memory_optimizations,
         device=torch.device(job.plan.device),
     )
-    written = _train_all(context, job, extraction, origins, reporter)
+    refuse_hopeless(spec, extraction.corpus.texts, job.source.d_in)  # a token budget may have left too few
+    with _memory_errors(job.plan):
+        written = _train_all(context, job, extraction, origins, reporter)
     primary = written[0]
     return Finished(
         model_info=context.info,
@@ -73,6 +79,21 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
         device=job.plan.device,
         memory_peak_bytes=reporter.memory_peak_bytes(),
     )
+
+
+@contextmanager
+def _memory_errors(plan: MemoryPlan) -> Iterator[None]:
+    """Say in our words that the SAE did not fit after all."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryExhausted(
+            f"Memory ran out on {plan.device} while an SAE was trained or evaluated; {plan.sae_bytes / GIB:.2f} GiB "
+            "were planned for it",
+            "Lower hidden_dim or batch_size, or use a worker with more memory. See what else uses the device.",
+        ) from error
 
 
 def threads_of(lease: Lease) -> int:

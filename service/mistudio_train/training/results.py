@@ -3,6 +3,7 @@
 Brings the writers together; each file's format is its own module's.
 """
 
+import shutil
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +17,7 @@ from mistudio_train.messages import JobSpec
 
 from .bundle import BundleInfo, write_bundle
 from .evaluate import Evaluation, OrderedRows
-from .features import write_features
+from .features import FeaturesInfo, write_features
 from .files import write_json
 from .fit import Fitted
 from .metadata import Described, Paths, metadata
@@ -100,15 +101,19 @@ def write_result(
     evaluation = Evaluation(fitted.sae, rows, context.device, on_progress)
     bundle = _write_bundle(context, fitted, evaluation, folder, origin.layer)
     reporter.enter("exporting", f"writing the files of {config.name}", (middle, share[1]))
+    features = None
     if not context.mean_pooled or bundle.truncated:
-        _write_features(context, evaluation, folder, origin)
+        features = _write_features(context, evaluation, folder, origin)
+    _warn_of_truncation(reporter, config, bundle, features)
     result = _result(context, config, fitted, evaluation, origin, place)
     statistics = evaluation.statistics.result()
     rates_F = torch.tensor(statistics["feature_activation_rates"], dtype=torch.float64)
     write_saelens(folder / "sae", fitted.sae, origin, rates_F)
     _write_model(context, config, fitted, folder, origin)
-    write_json(folder / "metadata.json", metadata(_described(context, config, fitted, result, statistics, bundle)))
-    return Written(result, bundle, _training_results(fitted, context))
+    write_json(
+        folder / "metadata.json", metadata(_described(context, config, fitted, result, statistics, bundle, features))
+    )
+    return Written(result, bundle, _training_results(fitted, context) | _seconds(fitted))
 
 
 def _write_bundle(context: Context, fitted: Fitted, evaluation: Evaluation, folder: Path, layer: int) -> BundleInfo:
@@ -130,13 +135,27 @@ def _write_bundle(context: Context, fitted: Fitted, evaluation: Evaluation, fold
     return bundle
 
 
-def _write_features(context: Context, evaluation: Evaluation, folder: Path, origin: Origin) -> None:
+def _warn_of_truncation(reporter: Reporter, config: Config, bundle: BundleInfo, features: FeaturesInfo | None) -> None:
+    if bundle.truncated:
+        reporter.warn(
+            f"{config.name}: feature_activations.pt holds the first {bundle.rows} of {bundle.total_rows} texts, all "
+            "that bundle_max_bytes lets it; features/activations.parquet has the others"
+        )
+    if features is not None and features.truncated:
+        reporter.warn(
+            f"{config.name}: features/activations.parquet ends before text {features.first_missing_text}: "
+            "the worker's disk has no room for more"
+        )
+
+
+def _write_features(context: Context, evaluation: Evaluation, folder: Path, origin: Origin) -> FeaturesInfo:
+    """All rows, as far as half of the disk's room goes; the other half is the other files'."""
     about = {"pooling": context.spec.request.pooling, "model_name": context.info.model_name, "layer": origin.layer}
-    write_features(
+    return write_features(
         folder / "features" / "activations.parquet",
         evaluation.sparse_blocks(),
         d_sae=evaluation.statistics.d_sae,
-        max_bytes=context.spec.bundle_max_bytes,
+        max_bytes=shutil.disk_usage(folder).free // 2,
         about=about,
     )
 
@@ -151,7 +170,8 @@ def _write_model(context: Context, config: Config, fitted: Fitted, folder: Path,
         training_stats=_training_results(fitted, context),
         sparsity_coeff=settings["sparsity_coeff"],
         model_info=_info(context, origin.layer).model_dump(mode="json"),
-        memory_optimizations=context.memory_optimizations,
+        # what was free is of that moment, and the same request and seed give the same bytes
+        memory_optimizations={k: v for k, v in context.memory_optimizations.items() if k != "available_bytes"},
     )
 
 
@@ -162,6 +182,7 @@ def _described(
     result: SAEResult,
     statistics: dict[str, Any],
     bundle: BundleInfo,
+    features: FeaturesInfo | None,
 ) -> Described:
     spec = context.spec
     return Described(
@@ -177,9 +198,10 @@ def _described(
         sae_config=_settings(config, fitted),
         feature_statistics=statistics,
         bundle=bundle,
+        features=features,
         memory_optimizations=context.memory_optimizations,
         paths=_paths(result.prefix),
-        training_results=_training_results(fitted, context),
+        training_results=_training_results(fitted, context) | _seconds(fitted),
         decisions=DECISIONS | _reinitialization(fitted),
     )
 
@@ -219,9 +241,13 @@ def _training_results(fitted: Fitted, context: Context) -> dict[str, object]:
         "l0_levels": [epoch.l0 for epoch in fitted.epochs],
         "reinitialized": [epoch.reinitialized for epoch in fitted.epochs],
         "final_loss": fitted.final_loss,
-        "training_seconds": fitted.seconds,
         "device": str(context.device),
     }
+
+
+def _seconds(fitted: Fitted) -> dict[str, object]:
+    """Not among the results that go into `sae_model.pt`: the same request and seed give the same bytes."""
+    return {"training_seconds": fitted.seconds}
 
 
 def _reinitialization(fitted: Fitted) -> dict[str, object]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from mistudio_train.messages import ChildMessage, Finished, JobSpec
 
+from .bundle_limits import refuse_hopeless
 from .corpus import open_corpus
 from .memory_plan import MemoryPlan, plan_memory
 from .model_source import ModelSource, inspect
@@ -67,5 +68,12 @@ def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
     reporter.loaded(source.info(sites.selected_layer))
     reporter.say(0.5, f"reading {request.corpus_file}")
     spec.scratch.mkdir(parents=True, exist_ok=True)
-    texts = open_corpus(spec.corpus, request.corpus_column, request.corpus_file, spec.scratch)
+
+    def on_texts(read: int) -> None:
+        if reporter.due:
+            reporter.say(0.5, f"read {read} texts of {request.corpus_file}")
+
+    texts = open_corpus(spec.corpus, request.corpus_column, request.corpus_file, spec.scratch, on_texts)
+    if request.token_budget is None:
+        refuse_hopeless(spec, len(texts), source.d_in)
     return Accepted(spec, source, sites, plan, texts)

@@ -15,7 +15,8 @@ import numpy as np
 from .disk import ArrayFile, ArrayWriter
 
 READ_AHEAD = 64
-"""Texts read at once when all are wanted in order."""
+READ_AHEAD_BYTES = 4 * 1024**2
+"""Texts, and about so many bytes of them, that are read at once when all are wanted in order; one at least."""
 
 
 class TextsWriter:
@@ -86,8 +87,12 @@ class Texts:
         return self.read(i, i + 1)[0]
 
     def __iter__(self) -> Iterator[str]:
-        for start in range(0, len(self), READ_AHEAD):
-            yield from self.read(start, min(start + READ_AHEAD, len(self)))
+        start = 0
+        while start < len(self):
+            ends = self._starts.read(start, min(start + READ_AHEAD, len(self)) + 1)
+            fitting = int(np.searchsorted(ends, ends[0] + READ_AHEAD_BYTES, side="right")) - 1
+            yield from self.read(start, start + max(1, fitting))
+            start += max(1, fitting)
 
     def read(self, start: int, stop: int) -> list[str]:
         """The texts `start` to `stop`."""

@@ -60,12 +60,12 @@ class RowIndex:
 
     starts: ArrayFile
     """int64, one more than there are texts: the first row of each text."""
-    text_of_row: NDArray[Any]
-    """int32 [rows], memory-mapped."""
-    position_of_row: NDArray[Any]
-    """int32 [rows], memory-mapped: which of its text's real tokens a row is; -1 where the row is a whole text."""
-    token_of_row: NDArray[Any]
-    """int32 [rows], memory-mapped: the token's id; -1 where the row is a whole text."""
+    text_of_row: ArrayFile
+    """int32 [rows]."""
+    position_of_row: ArrayFile
+    """int32 [rows]: which of its text's real tokens a row is; -1 where the row is a whole text."""
+    token_of_row: ArrayFile
+    """int32 [rows]: the token's id; -1 where the row is a whole text."""
 
     def rows_of_text(self, text: int) -> slice:
         """The rows of a text."""
@@ -168,7 +168,13 @@ def _bodies(texts: Texts, tokenizer: Any) -> Iterator[tuple[int, list[list[int]]
         characters += len(text)
         if len(waiting) == TEXTS_AT_ONCE or characters >= CHARACTERS_AT_ONCE or number + 1 == len(texts):
             # Without special tokens, and not cut: windows are framed one by one when they are run.
-            encoded = tokenizer(waiting, add_special_tokens=False, return_attention_mask=False, verbose=False)
+            encoded = tokenizer(
+                waiting,
+                add_special_tokens=False,
+                split_special_tokens=True,  # one that a text spells out is text: "</s>" ends no sequence
+                return_attention_mask=False,
+                verbose=False,
+            )
             yield first, encoded["input_ids"]
             waiting, characters, first = [], 0, number + 1
 
@@ -270,7 +276,7 @@ class _Files:
         files = {name: ArrayFile(self._folder / name, writer.dtype) for name, writer in self._writers.items()}
         index = RowIndex(
             files["row_starts.bin"],
-            *(files[name].map() for name in ("text_of_row.bin", "position_of_row.bin", "token_of_row.bin")),
+            *(files[name] for name in ("text_of_row.bin", "position_of_row.bin", "token_of_row.bin")),
         )
         return Tokens(self.rules, files["tokens.bin"], files["windows.bin"], index, info)
 
