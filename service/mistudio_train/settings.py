@@ -97,6 +97,13 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     """Bounds of a request, `LIMITS__MAX_HIDDEN_DIM=65536`; the defaults are the seed's."""
 
+    @classmethod
+    def is_secret(cls, variable: str) -> bool:
+        """Whether the environment variable of that name holds a secret."""
+        field = cls.model_fields.get(variable.lower())
+        named = variable.upper().startswith(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
+        return named or (field is not None and "SecretStr" in str(field.annotation))
+
     @property
     def topics(self) -> Topics:
         """The topics' names."""

@@ -106,6 +106,11 @@ def raises(spec: JobSpec, send: Send) -> Finished:
     raise RuntimeError(f"a library's error that repeats {spec.token}")
 
 
+def shows_environment(spec: JobSpec, send: Send) -> Finished:
+    send(Progress("training", " ".join(sorted(os.environ)), 0.1))
+    return finished()
+
+
 def shows_token(spec: JobSpec, send: Send) -> Finished:
     print(f"token={spec.token}", file=sys.stderr, flush=True)
     return finished()

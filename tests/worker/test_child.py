@@ -88,6 +88,18 @@ async def test_the_token_is_in_no_line_of_the_child(tmp_path: Path, capfd: pytes
     assert TOKEN not in "".join(capfd.readouterr())
 
 
+async def test_the_parents_credentials_are_not_in_the_childs_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secrets = ("MINIO_SECRET_KEY", "MINIO_ACCESS_KEY", "KAFKA_SASL_PASSWORD", "HF_TOKEN", "HF_TOKEN_TEAM")
+    for name in (*secrets, "MINIO_ENDPOINT"):
+        monkeypatch.setenv(name, "value")
+    (said_so, _), _ = await said(jobs.shows_environment, tmp_path)
+    assert isinstance(said_so, Progress)
+    assert not set(secrets) & set(said_so.message.split())
+    assert "MINIO_ENDPOINT" in said_so.message.split()
+
+
 def parent_of_an_immortal(folder: str) -> None:
     """Runs in a process of its own, which the test kills."""
     import asyncio

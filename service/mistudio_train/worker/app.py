@@ -26,6 +26,7 @@ from .metrics import Metrics
 from .slots import Slot
 from .store import Store, open_store
 from .supervisor import Supervisor, backoff
+from .workspace import remove_abandoned
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ def build_app(settings: Settings, job: Job = train) -> AsgiFastStream:
 
     async def prepare() -> None:
         await prepare_outside(settings, store)
+        await asyncio.to_thread(remove_abandoned, settings.workspaces)
 
     async def stop_jobs() -> None:
         await asyncio.gather(*(slot.stop() for slot in slots))

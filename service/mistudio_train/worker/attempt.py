@@ -5,7 +5,6 @@ Touches no topic but progress; delivering the event is the supervisor's.
 
 import asyncio
 import logging
-import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from .outcome import Who, completed
 from .progress import CHILD_SHARE, ProgressFeed
 from .register import Claim
 from .store import Store
+from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ class Attempt:
             JobError: if there is no result.
 
         """
+        workspace = await asyncio.to_thread(Workspace, self._workspace)
         try:
             return await self._run()
         except OSError as error:
@@ -70,10 +71,9 @@ class Attempt:
                 raise DiskFull("the workspace's disk is full", "Free space below DATA_PATH.") from error
             raise
         finally:
-            await asyncio.to_thread(shutil.rmtree, self._workspace, ignore_errors=True)
+            await asyncio.to_thread(workspace.remove)
 
     async def _run(self) -> TrainCompleted:
-        await asyncio.to_thread(self._workspace.mkdir, parents=True, exist_ok=True)
         corpus = await self._fetch_corpus()
         self._feed.say(message="waiting for a device")
         async with self._devices.lease(self._request.gpu_id) as lease:

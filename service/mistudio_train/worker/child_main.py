@@ -14,6 +14,7 @@ from mistudio_schemas import ErrorCode
 from mistudio_train.errors import JobError
 from mistudio_train.logs import setup_logging
 from mistudio_train.messages import ChildMessage, Failed, Finished, JobSpec
+from mistudio_train.settings import Settings
 
 Job = Callable[[JobSpec, Callable[[ChildMessage], None]], Finished]
 """The work: takes the job's spec and a way to speak, returns the last word or raises."""
@@ -33,6 +34,7 @@ def child_main(spec: JobSpec, messages: Connection, alive: Connection, stderr: C
         job: what to do.
 
     """
+    _forget_secrets()
     for stream in (1, 2):
         os.dup2(stderr.fileno(), stream)
     os.setpgid(0, 0)  # the terminal's Ctrl-C is for the parent; it decides what happens to us
@@ -63,6 +65,12 @@ def _run(job: Job, spec: JobSpec, messages: Connection) -> ChildMessage:
         lines = "".join(traceback.format_exception(error)).splitlines()[-TRACEBACK_LINES:]
         hint = "This is a defect of the worker or of a library; the traceback says where."
         return Failed(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}", hint, False, lines)
+
+
+def _forget_secrets() -> None:
+    """The environment comes from the parent; the only credential that the work may see is in its spec."""
+    for name in [name for name in os.environ if Settings.is_secret(name)]:
+        del os.environ[name]
 
 
 def _exit_with_parent(alive: Connection) -> None:
