@@ -1,5 +1,6 @@
 """The worker's application on a real Kafka and a real MinIO, with children that work, refuse, die and stall."""
 
+import asyncio
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -7,9 +8,13 @@ from typing import Any
 
 import psutil
 import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.producer import message_accumulator, producer
+from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 
 from mistudio_schemas import ErrorCode, TrainCompleted, TrainFailed, TrainProgress, TrainRequested, header, record_for
 from mistudio_train.settings import Settings
+from mistudio_train.worker import kafka
 from mistudio_train.worker.child_main import Job
 from mistudio_train.worker.intake import Message
 from mistudio_train.worker.register import Register
@@ -189,6 +194,42 @@ async def test_garbage_among_requests_goes_to_the_dead_letters_byte_for_byte(set
     assert sorted(record.key for record in completed) == [f"job-{n}".encode() for n in range(5)]
     assert [record.value for record in letters] == garbage
     assert {header(record.headers, "kafka_dlt-original-topic") for record in letters} == {topics.requested}
+
+
+class RawName(str):
+    """The name of a header that is no UTF-8, as clients in other languages can send it."""
+
+    def encode(self, *_: Any) -> bytes:
+        return b"h\xff\xfe"
+
+
+@pytest.mark.parametrize("compression", [None, "gzip", "zstd"])
+async def test_a_header_whose_name_is_no_text_holds_nothing_up(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, compression: str | None
+) -> None:
+    topics = settings.topics
+    await kafka.ensure_topics(settings)
+    asked = request("job-1", settings)
+    with monkeypatch.context() as patched:
+        # the builder in C would refuse the name
+        for module in (producer, message_accumulator):
+            patched.setattr(module, "DefaultRecordBatchBuilder", _DefaultRecordBatchBuilderPy)
+        sender = AIOKafkaProducer(**kafka.client_options(settings), compression_type=compression, linger_ms=200)
+        async with kafka.started(sender):
+            hostile = [(RawName("h"), b"value")]
+            sends = [
+                await sender.send(topics.requested, b"garbage", partition=0, headers=hostile),
+                await sender.send(topics.requested, asked["value"], key=asked["key"], partition=0, headers=hostile),
+                await sender.send(topics.requested, b"more garbage", partition=0),
+            ]
+            await asyncio.gather(*sends)
+    async with running_worker(settings, jobs.works), reading(settings, topics.completed, topics.dead_letter) as reader:
+        (done,) = await reader.of(topics.completed, 1)
+        letters = await reader.of(topics.dead_letter, 2)
+    assert done.key == b"job-1"
+    assert [letter.value for letter in letters] == [b"garbage", b"more garbage"]
+    assert header(letters[0].headers, "h\\xff\\xfe") == "value"
+    assert header(letters[0].headers, "mistudio-header-names-escaped") == "true"
 
 
 async def test_a_message_is_delivered_once_even_when_the_worker_starts_again(settings: Settings) -> None:

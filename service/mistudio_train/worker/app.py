@@ -23,6 +23,7 @@ from . import http, kafka
 from .child_main import Job, train
 from .devices import Devices
 from .metrics import Metrics
+from .records import read_any_header_name
 from .slots import Slot
 from .store import Store, open_store
 from .supervisor import Supervisor, backoff
@@ -42,6 +43,7 @@ NO_POLL_LIMIT_MS = 2**31 - 1
 
 def build_app(settings: Settings, job: Job = train) -> AsgiFastStream:
     """The worker's application, whose children do `job`. Nothing is connected before it starts."""
+    read_any_header_name()
     store, metrics, ready = open_store(settings), Metrics(), asyncio.Event()
     broker = _broker(settings)
     devices = Devices(list_gpus, settings.max_concurrent_jobs, settings.cuda_memory_fraction)

@@ -8,6 +8,7 @@ from mistudio_train.settings import Settings
 
 from .intake import Message
 from .kafka import MAX_MESSAGE_BYTES
+from .records import sendable
 
 
 def dead_letter(message: Message, reason: Exception, settings: Settings) -> KafkaRecord:
@@ -25,7 +26,10 @@ def dead_letter(message: Message, reason: Exception, settings: Settings) -> Kafk
         "kafka_dlt-exception-message": str(reason)[:1000],
         "kafka_dlt-attempt": "1",
     }
-    key, value, headers = message.key, message.value, message.headers
+    key, value = message.key, message.value
+    headers = tuple((sendable(name), content) for name, content in message.headers)
+    if headers != message.headers:
+        why["mistudio-header-names-escaped"] = "true"
     if _size(headers) > MAX_MESSAGE_BYTES // 2:
         headers, why["mistudio-headers-left-out"] = (), f"{_size(headers)} bytes"
     if len(key or b"") + len(value or b"") + _size(headers) > MAX_MESSAGE_BYTES:
