@@ -10,7 +10,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 FAMILIES = (
-    "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "gemma", "phi", "opt",
+    "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "gemma", "gemma2", "phi", "opt",
     "bert", "roberta", "distilbert", "mpnet", "t5",
 )  # fmt: skip
 ENCODERS = ("bert", "roberta", "distilbert", "mpnet", "t5")
@@ -74,6 +74,7 @@ def _config(family: str, tokenizer: Any, overrides: dict[str, Any]) -> Any:
         "gpt2": {"n_embd": D_IN, "n_head": 4, "n_layer": LAYERS, "n_positions": POSITIONS},
         "gpt_neox": wide | {"max_position_embeddings": POSITIONS},
         "gemma": decoder | {"head_dim": 8},
+        "gemma2": decoder | {"head_dim": 8},
         "opt": {
             "hidden_size": D_IN, "word_embed_proj_dim": D_IN, "num_attention_heads": 4, "num_hidden_layers": LAYERS,
             "ffn_dim": 64, "max_position_embeddings": POSITIONS,
