@@ -16,7 +16,7 @@ from mistudio_train.training import extract as extraction
 from mistudio_train.training.extract import Extraction, extract
 from mistudio_train.training.language_model import LanguageModel
 from mistudio_train.training.sites import Site
-from tests.models import D_IN, FAMILIES, LAYERS, SENTENCES
+from tests.models import D_IN, FAMILIES, LAYERS, SENTENCES, VOCAB
 
 from .conftest import load_tiny, plan_of, texts_of
 
@@ -304,6 +304,21 @@ def test_another_error_in_the_model_is_not_taken_for_lack_of_memory(model_folder
     model.trunk.register_forward_pre_hook(broken)
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         run(model, tmp_path)
+
+
+def test_a_tokenizer_that_knows_more_than_the_model_is_refused(model_folder: Folder, tmp_path: Path) -> None:
+    model = load_tiny(model_folder("llama"), [RESIDUAL])
+    model.tokenizer.add_tokens([f"<{number}>" for number in range(VOCAB)])
+    with pytest.raises(ModelRefused, match=rf"gives the token \d+, and the model knows {VOCAB}"):
+        run(model, tmp_path, [f"the <{VOCAB - 1}> fox"])
+
+
+def test_padding_is_a_token_that_the_model_knows(model_folder: Folder, tmp_path: Path) -> None:
+    model = load_tiny(model_folder("llama"), [RESIDUAL])
+    model.source.text_config["pad_token_id"] = None  # type: ignore[index]
+    model.tokenizer.add_special_tokens({"pad_token": "<beyond>"})
+    assert model.pad_id < model.source.vocab_size
+    assert run(model, tmp_path).corpus.texts == len(TEXTS)
 
 
 def test_activations_that_are_no_numbers_are_refused(model_folder: Folder, tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ class _Run:
 
     def _run(self, batch: NDArray[Any]) -> None:
         ids_BT, mask_BT, real_BT = self._padded(batch)
+        self._refuse_foreign(int(ids_BT.max()))
         device = self.model.device
         acts = self.model.activations(ids_BT.to(device), mask_BT.to(device))
         real_device_BT = real_BT.to(device)
@@ -158,6 +159,15 @@ class _Run:
         self.done += int(real_BT.sum())
         self.padding += int((mask_BT == 0).sum())
         self.on_progress(self.done, self.tokens.corpus.tokens)
+
+    def _refuse_foreign(self, highest_id: int) -> None:
+        """A GPU would stop with an error that says nothing."""
+        if highest_id >= (known := self.model.source.vocab_size) > 0:
+            raise ModelRefused(
+                f"The tokenizer of {self.model.source.name} gives the token {highest_id}, and the model knows {known}",
+                "Save model and tokenizer together: tokens were added to one and not to the other.",
+                ErrorCode.MODEL_UNSUPPORTED,
+            )
 
     def _write(self, site: Site, rows_ND: Tensor, starts: NDArray[Any], counts: NDArray[Any]) -> None:
         rows_ND = rows_ND.to(self.writers[site].layout.dtype)  # some families compute in more than they are stored in

@@ -59,7 +59,7 @@ class LanguageModel:
     def pad_id(self) -> int:
         """What padding is filled with: the model's own, as some families derive positions from it."""
         for value in (self.source.text_config.get("pad_token_id"), self.tokenizer.pad_token_id):
-            if isinstance(value, int) and value >= 0:
+            if isinstance(value, int) and 0 <= value < (self.source.vocab_size or value + 1):
                 return value
         return 0
 
