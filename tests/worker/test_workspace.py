@@ -41,3 +41,4 @@ def test_only_workspaces_of_the_dead_are_cleared_away(tmp_path: Path) -> None:
 
 def test_a_root_that_is_not_there_has_nothing_to_clear(tmp_path: Path) -> None:
     remove_abandoned(tmp_path / "absent")
+    assert list(tmp_path.iterdir()) == []

@@ -35,10 +35,10 @@ class RowOrder:
     def __init__(self, rows: int, key: tuple[int, ...]) -> None:
         self.rows = rows
         bits = max(LEAST_BITS, (rows - 1).bit_length())
-        self._right_bits = np.uint64(bits // 2)
-        self._left_mask, self._right_mask = (
-            (np.uint64(1 << half) - np.uint64(1)) for half in (-(-bits // 2), bits // 2)
-        )
+        right_bits = bits // 2
+        self._right_bits = np.uint64(right_bits)
+        self._right_mask = np.uint64((1 << right_bits) - 1)
+        self._left_mask = np.uint64((1 << (bits - right_bits)) - 1)
         self._keys = np.random.SeedSequence(key).generate_state(ROUNDS, np.uint64)
 
     def at(self, start: int, stop: int) -> Numbers:

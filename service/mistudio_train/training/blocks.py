@@ -20,8 +20,9 @@ class Family:
     """
 
     blocks: str
-    mlp: str
-    attention: str
+    mlp: str | None
+    """`None`: what there is adds the residual stream itself."""
+    attention: str | None
 
 
 _LLAMA: Final = Family("layers", "mlp", "self_attn")
@@ -38,6 +39,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
     "phi": _LLAMA,
+    "bloom": Family("h", None, None),
     "opt": Family("decoder.layers", "fc2", "self_attn"),
     "bert": _BERT,
     "roberta": _BERT,
@@ -49,8 +51,6 @@ FAMILIES: Final[dict[str, Family]] = {
 }
 UNREADABLE: Final = ("xlnet", "fsmt")
 """Families whose blocks put the sequence before the batch: rows would be those of other texts."""
-RESIDUAL_INSIDE: Final = ("bloom",)
-"""Families whose MLP and attention add the residual stream themselves."""
 PLAIN_MLP: Final = ("mlp",)
 PLAIN_ATTENTION: Final = ("self_attn", "attn")
 """Children of a block of an unknown family that go by these names hold no residual connection themselves; `attention`
@@ -97,11 +97,10 @@ def hooked_module(block: nn.Module, model_type: str, hook_site: HookSite) -> nn.
         return block
     family = FAMILIES.get(model_type)
     if family is not None:
-        paths: Sequence[str] = (family.mlp if hook_site == "mlp_out" else family.attention,)
+        path = family.mlp if hook_site == "mlp_out" else family.attention
+        paths: Sequence[str] = () if path is None else (path,)
     else:
         paths = PLAIN_MLP if hook_site == "mlp_out" else PLAIN_ATTENTION
-    if model_type in RESIDUAL_INSIDE:
-        paths = ()
     module = next((module for path in paths if (module := _at(block, path)) is not None), None)
     if module is None:
         children = ", ".join(name for name, _ in block.named_children())

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .disk import ArrayFile, ArrayWriter
 
@@ -89,14 +90,17 @@ class Texts:
     def __iter__(self) -> Iterator[str]:
         start = 0
         while start < len(self):
-            ends = self._starts.read(start, min(start + READ_AHEAD, len(self)) + 1)
-            fitting = int(np.searchsorted(ends, ends[0] + READ_AHEAD_BYTES, side="right")) - 1
-            yield from self.read(start, start + max(1, fitting))
-            start += max(1, fitting)
+            starts = self._starts.read(start, min(start + READ_AHEAD, len(self)) + 1)
+            count = max(1, int(np.searchsorted(starts, starts[0] + READ_AHEAD_BYTES, side="right")) - 1)
+            yield from self._between(starts[: count + 1])
+            start += count
 
     def read(self, start: int, stop: int) -> list[str]:
         """The texts `start` to `stop`."""
-        starts = self._starts.read(start, stop + 1)
+        return self._between(self._starts.read(start, stop + 1))
+
+    def _between(self, starts: NDArray[np.int64]) -> list[str]:
+        """The texts that begin at each of `starts` but the last, where the last of them ends."""
         joined = self._bytes.read_bytes(int(starts[0]), int(starts[-1]))
         bounds = starts - starts[0]
         return [joined[a:b].decode() for a, b in pairwise(bounds)]

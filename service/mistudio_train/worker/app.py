@@ -20,13 +20,14 @@ from mistudio_train.gpu import list_gpus
 from mistudio_train.settings import Settings
 
 from . import http, kafka
+from .backoff import backoff
 from .child_main import Job, train
 from .devices import Devices
 from .metrics import Metrics
 from .records import read_any_header_name
 from .slots import Slot
 from .store import Store, open_store
-from .supervisor import Supervisor, backoff
+from .supervisor import Supervisor
 from .workspace import remove_abandoned
 
 logger = logging.getLogger(__name__)

@@ -78,11 +78,12 @@ class Child:
 
     def kill(self) -> None:
         """End the process at once, and what it started, which may outlive it and hold its pipes."""
-        if self._process.pid is None:
+        if (pid := self._process.pid) is None:
             return
-        for end in (self._process.kill, lambda: os.killpg(self._process.pid or 0, signal.SIGKILL)):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                end()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            self._process.kill()
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
 
     async def result(self, hear: Callable[[ChildMessage], None]) -> Finished:
         """Wait for the child's work.

@@ -7,9 +7,8 @@ any error the outcome is unknown, and is looked up.
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import chain, repeat
 from typing import Protocol, Self
 
 from aiokafka import AIOKafkaProducer, TopicPartition
@@ -21,6 +20,7 @@ from mistudio_schemas import KafkaRecord, header
 from mistudio_train.settings import Settings
 
 from . import kafka
+from .backoff import backoff
 
 logger = logging.getLogger(__name__)
 
@@ -96,14 +96,14 @@ class Delivery:
             PartitionLost: if the partition is no longer ours.
 
         """
-        for delay in self._delays():
+        for delay in backoff(RETRY_SECONDS):
             self._require_partition()
             try:
                 return await self._place(record)
             except (KafkaError, ConnectionError, TimeoutError) as error:
                 logger.warning("no place for the end of %s yet: %s; again in %.1f s", self._id, error, delay)
             await asyncio.sleep(delay)
-        raise AssertionError("delays have no end")
+        raise AssertionError("backoff has no end")
 
     async def _place(self, record: KafkaRecord) -> Place:
         if self._producer is None:
@@ -128,17 +128,13 @@ class Delivery:
         """
         if look_first:
             await self._close_producer()
-        for delay in self._delays():
+        for delay in backoff(RETRY_SECONDS):
             if await self._try_to_finish(record, place):
                 return self._read_on()
             self._require_partition()
             logger.warning("the end of %s is not confirmed; looking again in %.1f s", self._id, delay)
             await asyncio.sleep(delay)
-        raise AssertionError("delays have no end")
-
-    @staticmethod
-    def _delays() -> Iterator[float]:
-        return chain(RETRY_SECONDS, repeat(RETRY_SECONDS[-1]))
+        raise AssertionError("backoff has no end")
 
     async def pass_by(self) -> None:
         """The message needs no record (any more): only move past it."""

@@ -6,8 +6,7 @@ the progress topic are given.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterator
-from itertools import chain, repeat
+from collections.abc import Awaitable, Callable
 from traceback import format_exception
 from typing import TypeVar
 
@@ -24,6 +23,7 @@ from mistudio_train.settings import Settings
 
 from . import intake as reading
 from .attempt import Attempt
+from .backoff import BACKOFF_SECONDS, backoff
 from .child_main import Job, train
 from .dead_letter import dead_letter
 from .delivery import Delivery, Group, PartitionLost, Place
@@ -38,7 +38,6 @@ from .store import Store
 
 logger = logging.getLogger(__name__)
 
-BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)
 GIVE_BACK_SECONDS = 5.0
 T = TypeVar("T")
 
@@ -231,11 +230,6 @@ class Supervisor:
                 logger.warning("the store does not answer, trying again in %.0f s: %s", delay, error)
                 await asyncio.sleep(delay)
         raise AssertionError("backoff has no end")
-
-
-def backoff() -> Iterator[float]:
-    """Seconds to wait before each further try: growing, then the same for ever."""
-    return chain(BACKOFF_SECONDS, repeat(BACKOFF_SECONDS[-1]))
 
 
 def _as_job_error(error: Exception) -> JobError:
