@@ -120,7 +120,7 @@ class SAEResult(Contract):
     epochs_trained: int
     steps: int
     stop_reason: str
-    """`max_epochs`, `min_loss` or `no_improvement`."""
+    """`max_epochs`, `min_loss`, `no_improvement` or `stopped` (as a control asked)."""
     metrics: SAEMetrics
     prefix: str
     """URI of the folder of its files."""

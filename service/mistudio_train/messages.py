@@ -5,7 +5,7 @@ Imports no torch and no Kafka, so that both sides can. The child's files go thro
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from mistudio_schemas import CorpusInfo, ErrorCode, ModelInfo, Phase, SAEResult, TrainRequested
 
@@ -54,6 +54,10 @@ class JobSpec:
     token: str | None = field(default=None, repr=False)
     """The model hub's; the only credential a child ever sees."""
     logging: Logging = Logging()
+    checkpoint_seconds: float = 60.0
+    """Between two checkpoints at least; longer where one takes more than 2% of the time."""
+    model_commit: str | None = None
+    """What `model_revision` meant at the run's first attempt; `None`: it has not been resolved yet."""
 
     @property
     def output(self) -> Path:
@@ -64,6 +68,11 @@ class JobSpec:
     def scratch(self) -> Path:
         """Shards and whatever else is gone with the job."""
         return self.workspace / "scratch"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints: an earlier attempt's to go on from, and this one's."""
+        return self.workspace / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,15 @@ class Loaded:
     """Child to parent: which model it is, as soon as that is known."""
 
     model_info: ModelInfo
+    commit: str | None = None
+    """Of the model's repository; `None` for a folder."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Child to parent: a checkpoint is whole on disk, and `checkpoints/{number:06d}.json` names its files."""
+
+    number: int
 
 
 @dataclass(frozen=True)
@@ -118,6 +136,13 @@ class Finished:
     bundle_rows: int
     device: str
     memory_peak_bytes: int
+    stopped_early: bool = False
+    """Somebody asked for the result before training was over."""
+
+
+@dataclass(frozen=True)
+class Left:
+    """Child to parent, its last word: it ended as it was asked to. No result: on `stop` nothing was trained yet."""
 
 
 @dataclass(frozen=True)
@@ -131,4 +156,23 @@ class Failed:
     traceback: list[str] = field(default_factory=list)
 
 
-ChildMessage = Progress | Loaded | Warned | Finished | Failed
+ChildMessage = Progress | Loaded | Saved | Warned | Finished | Left | Failed
+Wish = Literal["stop", "leave"]
+"""Parent to child: `stop`, train no more and deliver what there is; `leave`, save a checkpoint and end."""
+
+
+class LeftEarly(Exception):
+    """Raised by the work to end as the parent has asked, without a result."""
+
+
+class Parent(Protocol):
+    """The child's end of the pipe."""
+
+    def __call__(self, message: ChildMessage, /) -> None:
+        """Say something."""
+        ...
+
+    @property
+    def wish(self) -> Wish | None:
+        """What the parent wants by now, if anything."""
+        ...

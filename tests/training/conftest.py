@@ -1,6 +1,6 @@
 """Tiny models made once for all tests of this folder, and short ways to load and run one."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mistudio_schemas import TrainRequested
-from mistudio_train.messages import JobSpec, Lease
+from mistudio_train.messages import ChildMessage, JobSpec, Lease, Wish
 from mistudio_train.training.corpus import open_corpus
 from mistudio_train.training.language_model import LanguageModel, load
 from mistudio_train.training.memory_plan import MemoryPlan
@@ -16,6 +16,29 @@ from mistudio_train.training.model_source import inspect
 from mistudio_train.training.sites import Site
 from mistudio_train.training.texts import Texts
 from tests.models import tiny_model
+
+
+class Listener:
+    """A parent that keeps what it hears, and may want something from some moment on."""
+
+    def __init__(self, when: Callable[[ChildMessage], Wish | None] = lambda message: None) -> None:
+        self.heard: list[ChildMessage] = []
+        self.wish: Wish | None = None
+        self._when = when
+
+    def __call__(self, message: ChildMessage) -> None:
+        self.heard.append(message)
+        self.wish = self.wish or self._when(message)
+
+
+class NothingKept:
+    """No shard is there, and none is kept."""
+
+    def shard(self, number: int) -> None:
+        return None
+
+    def keep_shard(self, number: int, tokens_per_batch: int, files: Iterable[Path]) -> None:
+        pass
 
 
 @pytest.fixture(autouse=True)

@@ -28,9 +28,15 @@ def index_of(folder: Path, rows: int) -> RowIndex:
     return RowIndex(files["starts"], files["text"], files["position"], files["position"])
 
 
-def stored(folder: Path, rows_ND: Tensor, shard_bytes: int = 1 << 20) -> ActivationStore:
+def even_layout(rows_ND: Tensor, shard_rows: int) -> Layout:
+    """Shards of so many rows."""
+    starts = (*range(0, len(rows_ND), shard_rows), len(rows_ND))
+    return Layout(rows_ND.shape[1], rows_ND.dtype, starts)
+
+
+def stored(folder: Path, rows_ND: Tensor, shard_rows: int = 1000) -> ActivationStore:
     """The rows, written in an order of their own."""
-    writer = ActivationWriter(folder, Layout(len(rows_ND), rows_ND.shape[1], rows_ND.dtype, shard_bytes))
+    writer = ActivationWriter(folder, even_layout(rows_ND, shard_rows))
     for start in reversed(range(0, len(rows_ND), 7)):
         writer.write(start, rows_ND[start : start + 7])
     return writer.finish(index_of(folder / "index", len(rows_ND)))
@@ -40,7 +46,7 @@ def stored(folder: Path, rows_ND: Tensor, shard_bytes: int = 1 << 20) -> Activat
 @pytest.mark.parametrize("shard_rows", [5, 1000])
 def test_rows_come_back_as_they_were_written(tmp_path: Path, dtype: torch.dtype, shard_rows: int) -> None:
     rows_ND = torch.randn(53, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
-    store = stored(tmp_path, rows_ND, shard_rows * 6 * dtype.itemsize)
+    store = stored(tmp_path, rows_ND, shard_rows)
     expected = rows_ND.float()
     assert len(list(tmp_path.glob("shard-*"))) == -(-53 // shard_rows)
     assert (store.rows, store.d_in) == (53, 6)
@@ -71,7 +77,7 @@ def test_a_row_that_is_not_there_is_an_error(tmp_path: Path, row: int) -> None:
 def test_a_full_disk_is_told_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=119))
     with pytest.raises(DiskFull, match="disk has"):
-        ActivationWriter(tmp_path, Layout(10, 3, torch.float32))
+        ActivationWriter(tmp_path, Layout(3, torch.float32, (0, 10)))
 
 
 READ_ALL = """
@@ -82,7 +88,7 @@ from mistudio_train.training.activations import ActivationStore, Layout
 from tests.training.test_activations import index_of
 torch.set_num_threads(1)
 folder, rows = Path(sys.argv[1]), int(sys.argv[2])
-store = ActivationStore(folder, Layout(rows, 256, torch.float32), index_of(folder / "index", rows))
+store = ActivationStore(folder, Layout(256, torch.float32, (0, rows)), index_of(folder / "index", rows))
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 store.gather(np.arange(64))
 before = peak()
@@ -98,7 +104,7 @@ print(peak() - before)
 def test_resident_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
     """300 MB read at random and in order by a fresh process."""
     rows, chunk = 300_000, torch.randn(1000, 256)
-    writer = ActivationWriter(tmp_path, Layout(rows, 256, torch.float32))
+    writer = ActivationWriter(tmp_path, Layout(256, torch.float32, (0, rows)))
     for start in range(0, rows, len(chunk)):
         writer.write(start, chunk)
     writer.close()

@@ -18,7 +18,7 @@ from mistudio_train.training.language_model import LanguageModel
 from mistudio_train.training.sites import Site
 from tests.models import D_IN, FAMILIES, LAYERS, SENTENCES, VOCAB
 
-from .conftest import load_tiny, plan_of, texts_of
+from .conftest import NothingKept, load_tiny, plan_of, texts_of
 
 Folder = Callable[..., Path]
 RESIDUAL = Site(1)
@@ -31,7 +31,14 @@ def run(
 ) -> Extraction:
     request = TrainRequested.model_validate({"model_name": "m", "corpus_file": "c", "max_sequence_length": 48} | fields)
     return extract(
-        model, texts_of(folder, texts), request, model.sites, plan_of(tokens_per_batch), folder, lambda *_: None
+        model,
+        texts_of(folder, texts),
+        request,
+        model.sites,
+        plan_of(tokens_per_batch),
+        folder,
+        NothingKept(),
+        lambda *_: None,
     )
 
 
@@ -247,7 +254,7 @@ def test_progress_ends_at_the_total(model_folder: Folder, tmp_path: Path) -> Non
     seen: list[tuple[int, int]] = []
     tokenized: list[tuple[int, int]] = []
     result = extract(
-        model, texts_of(tmp_path, TEXTS), request, [RESIDUAL], plan_of(32), tmp_path,
+        model, texts_of(tmp_path, TEXTS), request, [RESIDUAL], plan_of(32), tmp_path, NothingKept(),
         lambda *step: seen.append(step), lambda *step: tokenized.append(step),
     )  # fmt: skip
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})

@@ -16,7 +16,7 @@ from mistudio_train.messages import ChildMessage, Finished, JobSpec, Progress, W
 from mistudio_train.training import pipeline
 from mistudio_train.training.run import run_job
 
-from .conftest import spec_of
+from .conftest import Listener, spec_of
 
 Folder = Callable[..., Path]
 TEXTS = [f"the cat sat on mat {number} and looked at {number % 7} birds" for number in range(40)]
@@ -33,8 +33,8 @@ def spec(folder: Path, workspace: Path, texts: list[str], *, limit: int = 1 << 3
 
 
 def job(spec: JobSpec) -> tuple[Finished, list[ChildMessage]]:
-    said: list[ChildMessage] = []
-    return run_job(spec, said.append), said
+    parent = Listener()
+    return run_job(spec, parent), parent.heard
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -92,18 +92,18 @@ def test_a_bundle_that_cannot_be_is_refused_before_the_model_is_loaded(
     error: type[Exception],
     code: ErrorCode,
 ) -> None:
-    said: list[ChildMessage] = []
+    parent = Listener()
     with pytest.raises(error) as caught:
-        run_job(spec(model_folder("llama"), tmp_path / "job", texts, limit=limit, **fields), said.append)
+        run_job(spec(model_folder("llama"), tmp_path / "job", texts, limit=limit, **fields), parent)
     assert caught.value.code is code  # type: ignore[attr-defined]
-    assert {one.phase for one in said if isinstance(one, Progress)} == {"planning"}
+    assert {one.phase for one in parent.heard if isinstance(one, Progress)} == {"planning"}
 
 
 def test_a_token_budget_that_leaves_one_text_is_refused_before_training(model_folder: Folder, tmp_path: Path) -> None:
-    said: list[ChildMessage] = []
+    parent = Listener()
     with pytest.raises(CorpusRefused, match="has 1 text"):
-        run_job(spec(model_folder("llama"), tmp_path / "job", TEXTS, token_budget=1), said.append)
-    assert not any(one.phase == "training" for one in said if isinstance(one, Progress))
+        run_job(spec(model_folder("llama"), tmp_path / "job", TEXTS, token_budget=1), parent)
+    assert not any(one.phase == "training" for one in parent.heard if isinstance(one, Progress))
 
 
 def test_a_cut_bundle_is_announced_and_the_feature_store_has_every_row(model_folder: Folder, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from mistudio_schemas import CorpusInfo, ModelInfo, SAEMetrics, SAEResult
 from mistudio_train.errors import CorpusRefused
-from mistudio_train.messages import ChildMessage, Finished, JobSpec, Progress
+from mistudio_train.messages import ChildMessage, Finished, JobSpec, Parent, Progress
 from mistudio_train.worker.child_main import train
 
 Send = Callable[[ChildMessage], None]
@@ -116,9 +116,9 @@ def shows_token(spec: JobSpec, send: Send) -> Finished:
     return finished()
 
 
-def trains_and_keeps(spec: JobSpec, send: Send) -> Finished:
+def trains_and_keeps(spec: JobSpec, parent: Parent) -> Finished:
     """The real work, whose workspace stays to be looked at beside the data folder, under the job's name."""
-    finished = train(spec, send)
+    finished = train(spec, parent)
     shutil.copytree(spec.workspace, spec.workspace.parents[3] / "kept" / spec.job_id)
     return finished
 

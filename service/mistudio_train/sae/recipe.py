@@ -7,7 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-StopReason = Literal["max_epochs", "min_loss", "no_improvement"]
+StopReason = Literal["max_epochs", "min_loss", "no_improvement", "stopped"]
+"""`stopped`: somebody asked for the SAE as it was."""
 
 
 @dataclass(frozen=True)

@@ -108,12 +108,23 @@ class Trainer:
         """
         if self.rows_done != self.rows:
             raise ValueError(f"the epoch has {self.rows} rows, {self.rows_done} were trained on")
-        means = self._epoch_sums.means(self.steps)
+        return self._close_epoch(stop=False)
+
+    def stop(self) -> EpochFigures:
+        """End training in the middle of an epoch, some rows of which were trained on: the figures are of these.
+
+        Raises:
+            TrainingDiverged: if the loss or a weight is NaN or infinite.
+        """
+        return self._close_epoch(stop=True)
+
+    def _close_epoch(self, *, stop: bool) -> EpochFigures:
+        rows, means = self.rows_done, self._epoch_sums.means(self.steps)
         if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
             raise diverged(f"a weight is no number by step {self.steps}")
         self.epoch += 1
-        stop_reason = self._stopping.after(self.epoch, means["loss"])
-        rare_F = self._active_rows_F < RARE_BELOW * self.rows
+        stop_reason = "stopped" if stop else self._stopping.after(self.epoch, means["loss"])
+        rare_F = self._active_rows_F < RARE_BELOW * rows
         due = stop_reason is None and self.recipe.reinitializes_after(self.epoch)
         figures = EpochFigures(
             epochs=self.epoch,

@@ -5,10 +5,11 @@ Resident memory does not grow with the rows; knows no model, no tokenizer and no
 
 import os
 import shutil
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,20 +21,20 @@ from mistudio_train.errors import DiskFull
 from .disk import ArrayFile, disk_errors
 from .tokens import RowIndex
 
-SHARD_BYTES: Final = 256 * 1024**2
-"""Of small stores."""
-MAX_SHARDS: Final = 64
-"""Each is an open file of the process, and every site has as many; those of a large store are larger."""
-
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows lie in shards."""
+    """How rows lie in shards: each a file of contiguous rows, and an open file of the process for every site."""
 
-    rows: int
     d_in: int
     dtype: torch.dtype
-    shard_bytes: int = SHARD_BYTES
+    starts: tuple[int, ...]
+    """The first row of each shard, and one beyond the last row."""
+
+    @property
+    def rows(self) -> int:
+        """How many there are."""
+        return self.starts[-1]
 
     @property
     def row_bytes(self) -> int:
@@ -41,37 +42,47 @@ class Layout:
         return self.d_in * self.dtype.itemsize
 
     @property
-    def shard_rows(self) -> int:
-        """Rows of a full shard."""
-        return max(1, self.shard_bytes // self.row_bytes, -(-self.rows // MAX_SHARDS))
+    def shards(self) -> int:
+        """Number of shards."""
+        return len(self.starts) - 1
+
+    def bytes_of(self, shard: int) -> int:
+        """Size of a whole shard."""
+        return (self.starts[shard + 1] - self.starts[shard]) * self.row_bytes
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Shard, first row in it and number of rows, for each shard that rows `start` to `stop` lie in."""
         while start < stop:
-            shard, row = divmod(start, self.shard_rows)
-            count = min(stop - start, self.shard_rows - row)
-            yield shard, row, count
+            shard = bisect_right(self.starts, start) - 1
+            count = min(stop, self.starts[shard + 1]) - start
+            yield shard, start - self.starts[shard], count
             start += count
+
+    def path(self, folder: Path, shard: int) -> Path:
+        """Of a shard's file."""
+        return folder / f"shard-{shard:05d}.bin"
 
     def open(self, folder: Path, flags: int) -> list[int]:
         """A file descriptor for each shard."""
-        count = -(-self.rows // self.shard_rows)
-        return [os.open(folder / f"shard-{i:05d}.bin", flags, 0o600) for i in range(count)]
+        return [os.open(self.path(folder, shard), flags, 0o600) for shard in range(self.shards)]
 
 
 class ActivationWriter:
-    """Writes rows of one site, in any order, each once."""
+    """Writes rows of one site, in any order, each once; shards that are whole already stay as they are."""
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        wanted, free = layout.rows * layout.row_bytes, shutil.disk_usage(folder).free
+        there = sum(path.stat().st_blocks * 512 for path in folder.iterdir())  # of an attempt that goes on here
+        wanted, free = layout.rows * layout.row_bytes - there, shutil.disk_usage(folder).free
         if wanted > free:
             raise DiskFull(
                 f"The activations take {wanted / 1e9:.1f} GB, the workspace's disk has {free / 1e9:.1f} GB left",
                 "Free space under DATA_PATH, or ask for fewer tokens (token_budget).",
             )
         self.folder, self.layout = folder, layout
-        self._shards = layout.open(folder, os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        self._shards = layout.open(folder, os.O_CREAT | os.O_WRONLY)
+        for shard, file in enumerate(self._shards):
+            os.truncate(file, min(os.fstat(file).st_size, layout.bytes_of(shard)))
 
     def write(self, start: int, rows_ND: Tensor) -> None:
         """Write contiguous rows, the first of which is row `start`.
@@ -107,6 +118,7 @@ class ActivationStore:
     def __init__(self, folder: Path, layout: Layout, index: RowIndex) -> None:
         self.folder, self.layout, self.index = folder, layout, index
         self._shards = layout.open(folder, os.O_RDONLY)
+        self._starts = np.asarray(layout.starts, np.int64)
 
     @property
     def rows(self) -> int:
@@ -148,7 +160,8 @@ class ActivationStore:
             raise IndexError(f"rows are 0..{self.rows - 1}")
         rows_BD = torch.empty(len(index_B), self.d_in, dtype=self.layout.dtype)
         buffer, size = _bytes_of(rows_BD), self.layout.row_bytes
-        shard_B, row_B = np.divmod(index_B, self.layout.shard_rows)
+        shard_B = np.searchsorted(self._starts, index_B, side="right") - 1
+        row_B = index_B - self._starts[shard_B]
         places = zip(shard_B.tolist(), (row_B * size).tolist(), range(0, len(buffer), size), strict=True)
         for shard, offset, at in sorted(places):  # in the disk's order
             _read_all(self._shards[shard], buffer[at : at + size], offset)

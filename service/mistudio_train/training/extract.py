@@ -1,12 +1,14 @@
 """Texts through the language model into rows of activations: one forward pass for all sites, row i always text i.
 
-Owns batching, pooling and what happens when memory runs out; must not know any SAE. No text is ever skipped.
+Owns batching, pooling and what happens when memory runs out; must not know any SAE. No text is ever skipped. The work
+goes shard by shard, each in the same batches whenever it is made, so that an attempt goes on where another has ended.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -25,8 +27,27 @@ from .tokens import Tokens, rules_of, tokenize
 
 WINDOWS_SORTED: Final = 1 << 16
 """Sequences that are sorted by length together: enough to leave next to no padding, few enough to hold."""
+SHARD_BYTES: Final = 256 * 1024**2
+"""Of a shard at most, unless there would be too many."""
+MAX_SHARDS: Final = 64
+"""Each is an open file of the process, and every site has as many."""
+FEW_SHARDS: Final = 16
+"""So many at least, that little is lost when a worker dies, if each then has enough windows to sort."""
+ENOUGH_WINDOWS: Final = 256
 
 OnProgress = Callable[[int, int], None]
+
+
+class Kept(Protocol):
+    """Shards that are kept for the attempt that goes on."""
+
+    def shard(self, number: int) -> int | None:
+        """Tokens of a forward pass when this shard was begun; `None`: it is not there."""
+        ...
+
+    def keep_shard(self, number: int, tokens_per_batch: int, files: Iterable[Path]) -> None:
+        """Keep a shard that is whole."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +72,7 @@ def extract(
     sites: Sequence[Site],
     plan: MemoryPlan,
     scratch: Path,
+    kept: Kept,
     on_progress: OnProgress,
     on_tokenized: OnProgress = lambda done, total: None,
 ) -> Extraction:
@@ -63,6 +85,7 @@ def extract(
         sites: where activations are read.
         plan: how many tokens a forward pass may have.
         scratch: a folder for tokens and activations.
+        kept: shards that an earlier attempt has made are not made again.
         on_progress: called after each forward pass with the tokens done and in all.
         on_tokenized: called while the corpus is tokenised, with texts done and in all.
 
@@ -76,17 +99,38 @@ def extract(
     rules = rules_of(request, model.tokenizer, model.source.positions)
     tokens = tokenize(texts, model.tokenizer, rules, scratch / "tokens", on_tokenized)
     dtype = torch.float32 if rules.pooling == "mean" else model.dtype
-    layout = Layout(tokens.corpus.rows, model.d_in, dtype)
+    windows = _shards(tokens, model.d_in * dtype.itemsize)
+    layout = Layout(model.d_in, dtype, tuple(_first_row(tokens, window) for window in windows))
     writers = {site: ActivationWriter(scratch / "activations" / str(site), layout) for site in sites}
     run = _Run(model, tokens, writers, plan.tokens_per_batch, on_progress)
     try:
-        run.all_windows()
+        for shard, (start, stop) in enumerate(pairwise(windows)):
+            if kept.shard(shard) is not None:
+                run.pass_by(start, stop)
+                continue
+            tokens_per_batch = run.budget
+            run.windows(start, stop)
+            kept.keep_shard(shard, tokens_per_batch, [layout.path(writer.folder, shard) for writer in writers.values()])
     except BaseException:
         for writer in writers.values():
             writer.close()
         raise
     stores = {site: writer.finish(tokens.index) for site, writer in writers.items()}
     return Extraction(stores, tokens.corpus, rules.length, run.budget, run.padding)
+
+
+def _shards(tokens: Tokens, row_bytes: int) -> list[int]:
+    """The first window of each shard, and one beyond the last window: the same for the same corpus, always."""
+    count = len(tokens.windows)
+    wanted = max(-(-tokens.corpus.rows * row_bytes // SHARD_BYTES), min(FEW_SHARDS, count // ENOUGH_WINDOWS), 1)
+    shards = min(wanted, MAX_SHARDS, count)
+    return [count * shard // shards for shard in range(shards + 1)]
+
+
+def _first_row(tokens: Tokens, window: int) -> int:
+    if window == len(tokens.windows):
+        return tokens.corpus.rows
+    return int(tokens.windows.read(window, window + 1)["row"][0])
 
 
 @dataclass(eq=False)
@@ -102,8 +146,9 @@ class _Run:
     done: int = 0
     padding: int = 0
 
-    def all_windows(self) -> None:
-        for windows in self._sorted_windows():
+    def windows(self, start: int, stop: int) -> None:
+        """Run these through the model."""
+        for windows in self._sorted_windows(start, stop):
             at = 0
             while at < len(windows):
                 batch = windows[at : at + self._fitting(int(windows["length"][at]))]
@@ -112,11 +157,22 @@ class _Run:
                 else:
                     self._shrink(batch)
 
-    def _sorted_windows(self) -> Iterator[NDArray[Any]]:
+    def pass_by(self, start: int, stop: int) -> None:
+        """Count these, which an earlier attempt has done."""
+        for windows in self._sorted_windows(start, stop):
+            self.done += self._real_tokens(windows)
+        self.on_progress(self.done, self.tokens.corpus.tokens)
+
+    def _real_tokens(self, windows: NDArray[Any]) -> int:
+        """As `_padded` marks them."""
+        frame = len(self.tokens.rules.frame)
+        framed = windows["length"] if not self.tokens.rules.include_special_tokens else windows["length"] + frame
+        return int(np.where(windows["length"] == 0, frame, framed).sum())
+
+    def _sorted_windows(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
         """Windows, the longest first, so that memory runs out at once if it ever does."""
-        count = len(self.tokens.windows)
-        for start in range(0, count, WINDOWS_SORTED):
-            windows = self.tokens.windows.read(start, min(start + WINDOWS_SORTED, count))
+        for first in range(start, stop, WINDOWS_SORTED):
+            windows = self.tokens.windows.read(first, min(first + WINDOWS_SORTED, stop))
             yield windows[np.argsort(-windows["length"].astype(np.int64), kind="stable")]
 
     def _fitting(self, length: int) -> int:

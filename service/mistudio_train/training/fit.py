@@ -1,4 +1,4 @@
-"""Trains one SAE on stored activations: reads batches, steps, measures, logs and reports.
+"""Trains one SAE on stored activations: reads batches, steps, saves, measures, logs and reports.
 
 Joins the store of rows to the trainer; knows no kind, no file but the log, and nothing of other SAEs.
 """
@@ -6,8 +6,9 @@ Joins the store of rows to the trainer; knows no kind, no file but the log, and 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mistudio_schemas import StandardSAE, TopKSAE
+from mistudio_train.messages import LeftEarly
 from mistudio_train.sae.build import build_sae, recipe_for
 from mistudio_train.sae.figures import EpochFigures, StepFigures
 from mistudio_train.sae.folded import FoldedSAE
@@ -48,6 +50,23 @@ class Rows(Protocol):
         ...
 
 
+class Kept(Protocol):
+    """Where the training of one SAE is kept, for the attempt that goes on should this one end."""
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to save."""
+        ...
+
+    def load(self) -> dict[str, Any] | None:
+        """What was saved last, `None` if nothing was; the log is as it was then."""
+        ...
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Save the state, and the log with it."""
+        ...
+
+
 @dataclass(frozen=True)
 class Fitted:
     """A trained SAE and how it came about."""
@@ -60,13 +79,17 @@ class Fitted:
 
     @property
     def stop_reason(self) -> str:
-        """`max_epochs`, `min_loss` or `no_improvement`."""
+        """`max_epochs`, `min_loss`, `no_improvement` or `stopped`."""
         return self.epochs[-1].stop_reason or "max_epochs"
 
     @property
     def final_loss(self) -> float:
         """Mean loss of the last epoch, whose weights these are."""
         return self.epochs[-1].loss
+
+
+class NothingTrained(Exception):
+    """Training was stopped before its first step."""
 
 
 def fit(
@@ -76,10 +99,11 @@ def fit(
     mean_pooled: bool,
     device: torch.device,
     reporter: Reporter,
-    log: TrainingLog,
+    log_path: Path,
+    kept: Kept,
     steps_after: int = 0,
 ) -> Fitted:
-    """Train the SAE that `config` (resolved) names.
+    """Train the SAE that `config` (resolved) names, from where it was saved last if it was.
 
     Args:
         config: of `TrainRequested.resolved_saes()`.
@@ -87,26 +111,90 @@ def fit(
         mean_pooled: whether a row is a text.
         device: to train on.
         reporter: in the phase `training`; its share is this SAE's.
-        log: takes a line a measurement and a line an epoch.
+        log_path: of the log, which gets a line a measurement and a line an epoch.
+        kept: where to save.
         steps_after: of the SAEs still to come, for the estimate of the time left.
 
     Raises:
         TrainingDiverged: if the loss is no number.
+        LeftEarly: if the parent wants the child to leave; all is saved.
+        NothingTrained: if the parent wants an end before there was a step.
     """
     recipe = recipe_for(config, rows=rows.rows, mean_pooled=mean_pooled)
     seed = config.seed or 0
     trainer = Trainer(build_sae(config, rows.d_in), recipe, rows=rows.rows, device=device, seed=seed)
-    trainer.prepare(rows.gather(np.sort(trainer.order(0).at(0, SAMPLE_ROWS))))
-    watch = _Watch(trainer, reporter, log, config.name or config.kind, steps_after)
-    epochs: list[EpochFigures] = []
-    with _threads_for(12 * recipe.batch_size * rows.d_in * (config.hidden_dim or 0)):
-        while not epochs or epochs[-1].stop_reason is None:
-            for batch in trainer.batches():
-                trainer.step(rows.gather(batch))
-                watch.after_step()
-            epochs.append(trainer.end_epoch())
-            watch.after_epoch(epochs[-1])
-    return Fitted(trainer.sae.folded().to("cpu"), recipe, epochs, trainer.steps, watch.seconds)
+    state = kept.load()
+    with TrainingLog(log_path) as log, _threads_for(12 * recipe.batch_size * rows.d_in * (config.hidden_dim or 0)):
+        watch = _Watch(trainer, reporter, log, config.name or config.kind, steps_after)
+        fitting = _Fitting(trainer, rows, kept, reporter, watch)
+        if state is None:
+            trainer.prepare(rows.gather(np.sort(trainer.order(0).at(0, SAMPLE_ROWS))))
+        else:
+            fitting.go_on(state)
+        fitting.run()
+    return Fitted(trainer.sae.folded().to("cpu"), recipe, fitting.epochs, trainer.steps, watch.seconds)
+
+
+class _Fitting:
+    """A training under way, which can end after any step."""
+
+    def __init__(self, trainer: Trainer, rows: Rows, kept: Kept, reporter: Reporter, watch: "_Watch") -> None:
+        self._trainer, self._rows, self._kept, self._reporter, self._watch = trainer, rows, kept, reporter, watch
+        self.epochs: list[EpochFigures] = []
+
+    def run(self) -> None:
+        """Until training is over, or the parent wants its end."""
+        if self._over:
+            return
+        while not self._over:
+            self._run_epoch()
+        self._save()
+
+    def go_on(self, state: dict[str, Any]) -> None:
+        """From what `_save` saved."""
+        self._trainer.load_state_dict(state["trainer"])
+        self.epochs = [EpochFigures(**figures) for figures in state["epochs"]]
+        self._watch.go_on(state["seconds"])
+
+    @property
+    def _over(self) -> bool:
+        return bool(self.epochs) and self.epochs[-1].stop_reason is not None
+
+    def _run_epoch(self) -> None:
+        trainer = self._trainer
+        for batch in trainer.batches():
+            if self._ended_by_wish():
+                return
+            trainer.step(self._rows.gather(batch))
+            self._watch.after_step()
+            if self._kept.due:
+                self._save()
+        self._close(trainer.end_epoch())
+
+    def _ended_by_wish(self) -> bool:
+        """Whether the parent wants the SAE as it is now; it wants it whole, so this never ends within a step."""
+        wish = self._reporter.wish
+        if wish == "leave":
+            if self._trainer.steps:
+                self._save()
+            raise LeftEarly
+        if wish is None:
+            return False
+        if not self._trainer.steps:
+            raise NothingTrained
+        if self._trainer.rows_done:
+            self._close(self._trainer.stop())
+        else:  # between two epochs
+            self.epochs[-1] = replace(self.epochs[-1], stop_reason="stopped")
+        return True
+
+    def _close(self, figures: EpochFigures) -> None:
+        self.epochs.append(figures)
+        self._watch.after_epoch(figures)
+
+    def _save(self) -> None:
+        epochs = [asdict(figures) for figures in self.epochs]
+        self._kept.save({"trainer": self._trainer.state_dict(), "epochs": epochs, "seconds": self._watch.seconds})
 
 
 @contextmanager
@@ -131,8 +219,12 @@ class _Watch:
 
     @property
     def seconds(self) -> float:
-        """Since training began."""
+        """Of training, earlier attempts' included."""
         return time.monotonic() - self._began
+
+    def go_on(self, seconds: float) -> None:
+        """An earlier attempt has trained for so long."""
+        self._began = time.monotonic() - seconds
 
     def after_step(self) -> None:
         if self._reporter.due and (figures := self._trainer.measure()) is not None:

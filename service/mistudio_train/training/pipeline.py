@@ -4,7 +4,10 @@ Reads top to bottom as the job goes; each step's substance is in its own module.
 """
 
 import ctypes
+import hashlib
+import json
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +17,17 @@ import torch
 from transformers.models.auto import modeling_auto
 
 from mistudio_schemas import StandardSAE, TopKSAE, TrainRequested
+from mistudio_train import __version__
 from mistudio_train.errors import MemoryExhausted
-from mistudio_train.messages import Finished, Lease
+from mistudio_train.messages import Finished, Lease, LeftEarly
 from mistudio_train.sae.build import recipe_for
 
 from .activations import ActivationStore
 from .bundle_limits import refuse_hopeless
+from .checkpoints import Checkpoints, KeptTraining
 from .extract import Extraction, extract
 from .files import write_json
-from .fit import fit
+from .fit import NothingTrained, fit
 from .language_model import LanguageModel, is_out_of_memory, load
 from .memory_plan import GIB, MemoryPlan
 from .reporter import Reporter
@@ -31,7 +36,6 @@ from .run import Accepted
 from .saelens import Origin
 from .sites import Site
 from .tokens import frame_of
-from .training_log import TrainingLog
 
 LOADING: Final = (0.02, 0.05)
 EXTRACTING: Final = (0.05, 0.4)
@@ -53,8 +57,11 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
     torch.set_num_threads(threads_of(spec.lease))
     spec.output.mkdir(parents=True, exist_ok=True)
     (spec.output / "request.json").write_bytes(spec.request.to_json())
+    checkpoints = Checkpoints(spec.workspace, _fingerprint(job), spec.checkpoint_seconds, reporter.saved)
+    for warning in checkpoints.warnings:
+        reporter.warn(warning)
     model = _load(job, reporter)
-    extraction = _extract(job, model, reporter)
+    extraction = _extract(job, model, checkpoints, reporter)
     origins = {site: _origin(model, site, spec.request, extraction.length) for site in model.sites}
     del model  # its memory is the SAEs' now
     _free(job.plan)
@@ -68,7 +75,7 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
     )
     refuse_hopeless(spec, extraction.corpus.texts, job.source.d_in)  # a token budget may have left too few
     with _memory_errors(job.plan):
-        written = _train_all(context, job, extraction, origins, reporter)
+        written, stopped = _train_all(context, job, extraction, origins, checkpoints, reporter)
     primary = written[0]
     return Finished(
         model_info=context.info,
@@ -78,7 +85,24 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
         bundle_rows=primary.bundle.rows,
         device=job.plan.device,
         memory_peak_bytes=reporter.memory_peak_bytes(),
+        stopped_early=stopped,
     )
+
+
+def _fingerprint(job: Accepted) -> dict[str, object]:
+    """Everything that the numbers depend on: what another one has kept is of no use here."""
+    spec, plan = job.spec, job.plan
+    asked = spec.request.model_dump(mode="json", exclude={"job_id", "huggingface_token", "token_name", "gpu_id"})
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "request": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(),
+        "model": f"{job.source.name}@{job.source.commit}",
+        "corpus": job.texts.sha256,
+        "device": plan.device.partition(":")[0],
+        "dtype": plan.dtype,
+        "quantization": plan.quantization,
+    }
 
 
 @contextmanager
@@ -117,56 +141,76 @@ def _load(job: Accepted, reporter: Reporter) -> LanguageModel:
     return model
 
 
-def _extract(job: Accepted, model: LanguageModel, reporter: Reporter) -> Extraction:
+def _extract(job: Accepted, model: LanguageModel, checkpoints: Checkpoints, reporter: Reporter) -> Extraction:
     began = time.monotonic()
 
+    def leave_if_asked() -> None:
+        if reporter.wish == "leave" or (reporter.wish == "stop" and not checkpoints.trained):
+            raise LeftEarly
+
     def on_tokenized(done: int, total: int) -> None:
+        leave_if_asked()
         if reporter.due:
             reporter.say(0.0, f"tokenised {done} of {total} texts")
 
     def on_progress(done: int, total: int) -> None:
+        leave_if_asked()
         if reporter.due or done == total:
             rate = done / (time.monotonic() - began)
             reporter.say(done / total, f"extracted {done} of {total} tokens", tokens_done=done, tokens_per_second=rate)
 
     reporter.enter("extracting", f"tokenising {len(job.texts)} texts", EXTRACTING)
     inputs = model, job.texts, job.spec.request, job.sites.distinct, job.plan
-    extraction = extract(*inputs, job.spec.scratch, on_progress, on_tokenized)
+    extraction = extract(*inputs, job.spec.scratch, checkpoints, on_progress, on_tokenized)
+    checkpoints.wait()
     if extraction.corpus.tokens_truncated:
         reporter.warn(f"{extraction.corpus.tokens_truncated} tokens lie beyond the length limit and were not read")
     return extraction
 
 
 def _train_all(
-    context: Context, job: Accepted, extraction: Extraction, origins: dict[Site, Origin], reporter: Reporter
-) -> list[Written]:
+    context: Context,
+    job: Accepted,
+    extraction: Extraction,
+    origins: dict[Site, Origin],
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+) -> tuple[list[Written], bool]:
+    """Each SAE of the request, and whether the parent has wanted what there was before all were trained."""
     configs = job.spec.request.resolved_saes()
     stores = [extraction.stores[site] for site in job.sites.of_saes]
     steps = [_steps(config, store, context) for config, store in zip(configs, stores, strict=True)]
-    written = []
+    written: list[Written] = []
     for position, (config, site) in enumerate(zip(configs, job.sites.of_saes, strict=True)):
         begin, end = (TRAINING[0] + (TRAINING[1] - TRAINING[0]) * i / len(configs) for i in (position, position + 1))
         middle = begin + FITTING * (end - begin)
         place = "" if position == 0 else f"saes/{config.name}/"
+        log_path = job.spec.output / place / "training_log.jsonl"
         reporter.enter("training", f"training {config.name}", (begin, middle))
-        with TrainingLog(job.spec.output / place / "training_log.jsonl") as log:
+        try:
             fitted = fit(
                 config,
                 stores[position],
                 mean_pooled=context.mean_pooled,
                 device=context.device,
                 reporter=reporter,
-                log=log,
+                log_path=log_path,
+                kept=KeptTraining(checkpoints, position, log_path),
                 steps_after=sum(steps[position + 1 :]),
             )
+        except NothingTrained:
+            if not written:
+                raise LeftEarly from None
+            shutil.rmtree(log_path.parent)
+            break
         _free(job.plan)
         written.append(
             write_result(context, config, fitted, stores[position], origins[site], place, reporter, (middle, end))
         )
         _free(job.plan)
-    if len(written) > 1:
+    if len(configs) > 1:
         write_json(job.spec.output / "saes.json", {"saes": [one.result.model_dump(mode="json") for one in written]})
-    return written
+    return written, len(written) < len(configs) or any(one.result.stop_reason == "stopped" for one in written)
 
 
 def _steps(config: Config, store: ActivationStore, context: Context) -> int:

@@ -6,38 +6,45 @@ Imports torch only to ask a GPU.
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import psutil
 
 from mistudio_schemas import ModelInfo, Phase
-from mistudio_train.messages import ChildMessage, Loaded, Progress, Warned
+from mistudio_train.messages import ChildMessage, Loaded, Parent, Progress, Saved, Warned, Wish
 
 INTERVAL = 0.5
 """Seconds between two messages of the same phase."""
 TICK = 5.0
 """Seconds between two signs of life from a long library call."""
 
-Send = Callable[[ChildMessage], None]
-
 
 class Reporter:
     """Speaks over the pipe.
 
     Args:
-        send: may be called from the ticker's thread too.
+        parent: spoken to from the ticker's thread too.
 
     """
 
-    def __init__(self, send: Send) -> None:
-        self._pipe, self._lock = send, threading.Lock()
+    def __init__(self, parent: Parent) -> None:
+        self._parent, self._lock = parent, threading.Lock()
         self._phase: Phase = "accepting"
         self._message = ""
         self._share = (0.0, 0.0)
         self._sent_at = float("-inf")
         self._device: str | None = None
+
+    @property
+    def wish(self) -> Wish | None:
+        """What the parent wants by now, if anything."""
+        return self._parent.wish
+
+    def saved(self, number: int) -> None:
+        """A checkpoint is whole."""
+        self._send(Saved(number))
 
     def use(self, device: str) -> None:
         """Report this device's memory from now on: `cpu` or `cuda:0`."""
@@ -63,9 +70,9 @@ class Reporter:
         """Something that the requester should know."""
         self._send(Warned(message))
 
-    def loaded(self, info: ModelInfo) -> None:
+    def loaded(self, info: ModelInfo, commit: str | None) -> None:
         """The model is known."""
-        self._send(Loaded(info))
+        self._send(Loaded(info, commit))
 
     @contextmanager
     def one_call(self) -> Iterator[None]:
@@ -121,7 +128,7 @@ class Reporter:
 
     def _send(self, message: ChildMessage) -> None:
         with self._lock:  # two threads must not mix their messages in the pipe
-            self._pipe(message)
+            self._parent(message)
 
 
 def peak_resident_bytes() -> int:

@@ -3,10 +3,9 @@
 The second half, `pipeline.carry_out`, does the work. Both know a workspace folder and a pipe, and nothing else outside.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from mistudio_train.messages import ChildMessage, Finished, JobSpec
+from mistudio_train.messages import Finished, JobSpec, Parent
 
 from .bundle_limits import refuse_hopeless
 from .corpus import open_corpus
@@ -28,17 +27,18 @@ class Accepted:
     texts: Texts
 
 
-def run_job(spec: JobSpec, send: Callable[[ChildMessage], None]) -> Finished:
+def run_job(spec: JobSpec, parent: Parent) -> Finished:
     """Do the job: the files are under `spec.output` when it returns.
 
     Args:
         spec: the job.
-        send: takes what there is to say meanwhile.
+        parent: takes what there is to say meanwhile, and may want an early end.
 
     Raises:
         JobError: if there is no result, with the reason and what to do.
+        LeftEarly: if there is none because the parent wanted an early end.
     """
-    reporter = Reporter(send)
+    reporter = Reporter(parent)
     accepted = accept(spec, reporter)
     from .pipeline import carry_out  # torch and transformers take seconds to import, which a refusal need not wait for
 
@@ -56,7 +56,7 @@ def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
     with reporter.one_call():
         source = inspect(
             request.model_name,
-            request.model_revision,
+            spec.model_commit or request.model_revision,
             folders=spec.model_folders,
             token=spec.token,
             allow_unsafe=spec.allow_unsafe_models,
@@ -65,7 +65,7 @@ def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
     plan = plan_memory(source, spec)
     for warning in (*sites.warnings, *plan.warnings):
         reporter.warn(warning)
-    reporter.loaded(source.info(sites.selected_layer))
+    reporter.loaded(source.info(sites.selected_layer), source.commit)
     reporter.say(0.5, f"reading {request.corpus_file}")
     spec.scratch.mkdir(parents=True, exist_ok=True)
 

@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from typing import Self
 
 from mistudio_train.errors import ChildDied, ChildFailed, ChildStalled
-from mistudio_train.messages import ChildMessage, Failed, Finished, JobSpec, Progress
+from mistudio_train.messages import ChildMessage, Failed, Finished, JobSpec, Left, LeftEarly, Progress, Wish
 
 from .child_main import Job, child_main, train
 
@@ -52,16 +52,16 @@ class Child:
 
     async def __aenter__(self) -> Self:
         receive, send = _SPAWN.Pipe(duplex=False)
-        child_alive, self._alive = _SPAWN.Pipe(duplex=False)
+        wishes, self._wishes = _SPAWN.Pipe(duplex=False)
         read_stderr, stderr = _SPAWN.Pipe(duplex=False)
         self._process = _SPAWN.Process(
             target=child_main,
-            args=(self._spec, send, child_alive, stderr, self._job),
+            args=(self._spec, send, wishes, stderr, self._job),
             name=f"job-{self._spec.job_id}",
             daemon=True,
         )
         await asyncio.to_thread(self._process.start)
-        for ours in (send, child_alive, stderr):
+        for ours in (send, wishes, stderr):
             ours.close()  # else the pipes never end
         loop = asyncio.get_running_loop()
         self._start_thread(self._read_messages, receive, loop)
@@ -73,7 +73,7 @@ class Child:
         await asyncio.to_thread(self._process.join)
         for thread in self._threads:
             await asyncio.to_thread(thread.join)
-        self._alive.close()
+        self._wishes.close()
         self._process.close()
 
     def kill(self) -> None:
@@ -85,6 +85,11 @@ class Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(pid, signal.SIGKILL)
 
+    def ask(self, wish: Wish) -> None:
+        """Tell the child what is wanted; it looks between two steps, and its last word comes when it has done so."""
+        with contextlib.suppress(OSError):  # it has ended, as its messages tell
+            self._wishes.send(wish)
+
     async def result(self, hear: Callable[[ChildMessage], None]) -> Finished:
         """Wait for the child's work.
 
@@ -92,12 +97,15 @@ class Child:
             hear: takes each message.
 
         Raises:
+            LeftEarly: if it ended as it was asked to.
             ChildFailed: if the child says why it cannot go on; its token is in no text of it.
             ChildStalled, ChildDied: as `messages`.
 
         """
         async for message in self.messages():
             hear(message)
+            if isinstance(message, Left):
+                raise LeftEarly
             if isinstance(message, Failed):
                 raise self._failed(message)
             if isinstance(message, Finished):
@@ -105,7 +113,7 @@ class Child:
         raise AssertionError("a child's messages end with its last word, or with an error")
 
     async def messages(self) -> AsyncIterator[ChildMessage]:
-        """What the child says; the last one is `Finished` or `Failed`.
+        """What the child says; the last one is `Finished`, `Left` or `Failed`.
 
         Raises:
             ChildStalled: if it has not moved for too long.
@@ -127,7 +135,7 @@ class Child:
                 moved_at = loop.time()
             phase = message.phase if isinstance(message, Progress) else phase
             yield message
-            if isinstance(message, Finished | Failed):
+            if isinstance(message, Finished | Left | Failed):
                 return
 
     def _failed(self, said: Failed) -> ChildFailed:
