@@ -101,6 +101,8 @@ class TrainRequested(Contract):
     """4-bit weights of the language model on a GPU; `auto`: only when it does not fit otherwise."""
     seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seeds everything random: the same request and seed give the same weights on the same device."""
+    checkpoint_seconds: float | None = Field(None, gt=0)
+    """Between two checkpoints at least; `null`: the worker's. Saving never takes more than 2% of the time."""
     bundle_max_bytes: int | None = Field(None, ge=1)
     """Size limit of `feature_activations.pt`; `null`: the worker's."""
     bundle_complete: bool = False

@@ -92,6 +92,10 @@ class Settings(BaseSettings):
     """A child that has not moved for this long is ended."""
     loading_stall_seconds: float = Field(3600.0, gt=0)
     """The same while a model is downloaded or loaded."""
+    grace_seconds: float = Field(25.0, gt=0)
+    """Of a worker that is told to stop: time to save its jobs' checkpoints. Below the time after which it is killed."""
+    checkpoint_seconds: float = Field(60.0, ge=0)
+    """Between two checkpoints at least; longer where saving one takes more than 2% of the time."""
     bundle_max_bytes: int = Field(4 * GIB, ge=1)
     """Size limit of `feature_activations.pt`."""
     limits: Limits = Limits()

@@ -24,7 +24,7 @@ class Supervisor:
         self.said: list[str] = []
         self.begun = asyncio.Event()
 
-    async def handle(self, message: Any, group: Any) -> None:
+    async def handle(self, message: Any, group: Any, orders: Any) -> None:
         self.said.append(f"begins {message.offset}")
         self.begun.set()
         try:
@@ -48,7 +48,7 @@ async def test_a_stopped_slot_gives_its_job_back_and_passes_by_what_follows() ->
     slot = slot_of(supervisor)
     handler = asyncio.create_task(slot.on_message(record(5), group))  # type: ignore[arg-type]
     await supervisor.begun.wait()
-    await slot.stop()
+    await slot.stop(0.01)
     await handler
     await slot.on_message(record(6), group)  # type: ignore[arg-type]
     assert supervisor.said == ["begins 5", "gives back 5"]
@@ -64,6 +64,6 @@ async def test_a_job_whose_partition_is_gone_stops_and_the_slot_goes_on() -> Non
     supervisor.begun.clear()
     handler = asyncio.create_task(slot.on_message(record(6), group))  # type: ignore[arg-type]
     await supervisor.begun.wait()
-    await slot.stop()
+    await slot.stop(0.01)
     await handler
     assert supervisor.said == ["begins 5", "gives back 5", "begins 6", "gives back 6"]

@@ -5,8 +5,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+from aiokafka import TopicPartition
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import KafkaError
+from aiokafka.partitioner import DefaultPartitioner
 from faststream import AckPolicy
 from faststream.asgi import AsgiFastStream
 from faststream.kafka import KafkaBroker, KafkaMessage
@@ -22,6 +24,7 @@ from mistudio_train.settings import Settings
 from . import http, kafka
 from .backoff import backoff
 from .child_main import Job, train
+from .controls import Control, Controls
 from .devices import Devices
 from .metrics import Metrics
 from .records import read_any_header_name
@@ -54,8 +57,21 @@ def build_app(settings: Settings, job: Job = train) -> AsgiFastStream:
         headers = {name: value.decode() for name, value in record.headers}
         await broker.publish(record.value, record.topic, key=record.key, headers=headers)
 
-    supervisor = Supervisor(settings, store, devices, metrics, publish_progress, job)
+    controls = Controls(settings, lambda control: acknowledge(control))
+    supervisor = Supervisor(settings, store, devices, metrics, controls, publish_progress, job)
     slots = [Slot(number, supervisor, ready) for number in range(settings.max_concurrent_jobs)]
+    tasks: set[asyncio.Task[None]] = set()
+
+    def acknowledge(control: Control) -> None:
+        if not supervisor.on_control(control) and is_ours(control.job_id):
+            tasks.add(asyncio.create_task(supervisor.acknowledge_queued(control)))
+
+    def is_ours(job_id: str) -> bool:
+        """Of all workers one speaks for a job that none has begun: the one with the partition of its key."""
+        numbers = list(range(settings.kafka_request_partitions))
+        where = TopicPartition(settings.topics.requested, DefaultPartitioner()(job_id.encode(), numbers, numbers))
+        return any(where in (slot.assigned or ()) for slot in slots)
+
     for slot in slots:
         _subscribe(broker, slot, settings)
     _describe_outputs(broker, settings)
@@ -65,9 +81,14 @@ def build_app(settings: Settings, job: Job = train) -> AsgiFastStream:
         await asyncio.to_thread(remove_abandoned, settings.workspaces)
 
     async def stop_jobs() -> None:
-        await asyncio.gather(*(slot.stop() for slot in slots))
+        await asyncio.gather(*(slot.stop(settings.grace_seconds) for slot in slots))
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def begin() -> None:
+        tasks.add(asyncio.create_task(controls.follow()))
+        await controls.caught_up()
         ready.set()
         logger.info("ready: %s reads %s", settings.worker_id, settings.topics.requested)
 

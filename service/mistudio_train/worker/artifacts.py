@@ -81,6 +81,18 @@ def write_manifest(store: Store, claim: Claim, refs: list[ArtifactRef]) -> Artif
     return _ref(store, MANIFEST, key, len(data), hashlib.sha256(data).hexdigest())
 
 
+def remove_leftovers(store: Store, claim: Claim) -> None:
+    """Of a run that has ended, remove what no event names: checkpoints, and whatever attempts without a result left."""
+    manifest = claim.record.manifest
+    result = manifest.key.removesuffix(MANIFEST) if manifest else None
+    store.delete(
+        found.key
+        for found in list(store.list(claim.run_prefix))
+        if found.key != claim.key
+        and (result is None or not found.key.startswith(result) or found.key.startswith(f"{result}checkpoints/"))
+    )
+
+
 def read_manifest(store: Store, key: str, sha256: str) -> Manifest:
     """The manifest that a finished run's record or a completed event names.
 

@@ -1,10 +1,13 @@
-"""One attempt at a run: corpus, device, child, upload. Raises a `JobError` or returns the event that says it all.
+"""One attempt at a run: corpus, checkpoint, device, child, upload. Raises a `JobError` or returns a result's event.
 
 Touches no topic but progress; delivering the event is the supervisor's.
 """
 
 import asyncio
+import contextlib
+import errno
 import logging
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,25 +15,31 @@ from typing import Any
 from pydantic import SecretStr
 
 from mistudio_schemas import ArtifactRef, TrainCompleted, TrainRequested
-from mistudio_train.errors import DiskFull, RequestRefused
-from mistudio_train.messages import ChildMessage, Finished, JobSpec, Lease, Warned
+from mistudio_train.errors import ChildDied, DiskFull, RequestRefused
+from mistudio_train.messages import ChildMessage, Finished, JobSpec, Lease, LeftEarly, Loaded, Saved, Warned
 from mistudio_train.settings import Settings
 
 from .artifacts import upload, write_manifest
+from .checkpoints import CheckpointUploads, restore
 from .child import Child
 from .child_main import Job
 from .corpora import fetch_corpus
 from .devices import Devices
 from .intake import Intake
-from .outcome import Who, completed
-from .progress import CHILD_SHARE, ProgressFeed
-from .register import Claim
+from .orders import Interrupted, Order
+from .outcome import completed
+from .progress import CHILD_SHARE
+from .register import Register, RunLost
+from .running import Running
 from .store import Store
-from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
 Patiently = Callable[[Callable[[], Any]], Awaitable[Any]]
+SAVING_PHASES = ("extracting", "training")
+"""In which a child that is to leave has something to save; in the others the last checkpoint is as good."""
+CHILDS_SHARE_OF_GRACE = 0.6
+"""Of a leaving worker's time; the rest is for storing what the child has saved."""
 
 
 class Attempt:
@@ -40,47 +49,51 @@ class Attempt:
         self,
         settings: Settings,
         store: Store,
+        register: Register,
         devices: Devices,
-        who: Who,
-        claim: Claim,
-        intake: Intake,
-        feed: ProgressFeed,
+        running: Running,
         patiently: Patiently,
         job: Job,
     ) -> None:
-        self._settings, self._store, self._devices = settings, store, devices
-        self._who, self._claim, self._feed, self._patiently, self._job = who, claim, feed, patiently, job
-        assert intake.request is not None  # the supervisor has refused it otherwise
-        self._request: TrainRequested = intake.request
-        self._token = self._hub_token(intake)
-        name = f"{claim.record.job_id}-r{claim.record.run}-a{claim.attempt}"
-        self._workspace = settings.workspaces / name
+        self._settings, self._store, self._register, self._devices = settings, store, register, devices
+        self._running, self._patiently, self._job = running, patiently, job
+        self._feed, self._workspace, self._claim = running.feed, running.workspace, running.claim
+        assert running.intake.request is not None  # the supervisor has refused it otherwise
+        self._request: TrainRequested = running.intake.request
+        self._token = self._hub_token(running.intake)
+        self._uploads: CheckpointUploads | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        self._over = False
 
     async def run(self) -> TrainCompleted:
         """Do it.
 
         Raises:
             JobError: if there is no result.
+            RunLost: if another attempt owns the run.
+            Interrupted: if an order has ended it.
 
         """
-        workspace = await asyncio.to_thread(Workspace, self._workspace)
         try:
             return await self._run()
         except OSError as error:
-            if error.errno == 28:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise DiskFull("the workspace's disk is full", "Free space below DATA_PATH.") from error
             raise
         finally:
-            await asyncio.to_thread(workspace.remove)
+            self._over = True
 
     async def _run(self) -> TrainCompleted:
+        await asyncio.to_thread(shutil.rmtree, self._workspace / "output", ignore_errors=True)
         corpus = await self._fetch_corpus()
+        await self._restore()
         self._feed.say(message="waiting for a device")
         async with self._devices.lease(self._request.gpu_id) as lease:
             finished = await self._train(self._spec(corpus, lease))
         artifacts, manifest = await self._deliver_files()
         warnings, seconds = self._feed.current.warnings, self._claim.record.age_seconds()
-        return completed(self._who, finished, artifacts, manifest, warnings=warnings, seconds=seconds)
+        who = self._running.who(self._settings.worker_id)
+        return completed(who, finished, artifacts, manifest, warnings=warnings, seconds=seconds)
 
     async def _fetch_corpus(self) -> Path:
         self._feed.say(phase="fetching", message=f"fetching the corpus {self._request.corpus_file}")
@@ -90,22 +103,85 @@ class Attempt:
         )
         return path
 
+    async def _restore(self) -> None:
+        """An earlier attempt's checkpoints: those of this worker are here, those of another one in the store."""
+        if any((self._workspace / "checkpoints").glob("*.json")):
+            return
+        self._feed.say(message="looking for a checkpoint")
+        self._running.checkpoints = await self._patiently(lambda: restore(self._store, self._claim, self._workspace))
+        if found := self._running.checkpoints:
+            logger.info("job %s goes on from %s", self._claim.record.job_id, found[0].key)
+            self._feed.say(last_checkpoint=self._store.uri(found[0].key))
+
     async def _train(self, spec: JobSpec) -> Finished:
-        stalls = self._settings.stall_seconds, self._settings.loading_stall_seconds
-        async with Child(spec, *stalls, self._job) as child:
+        orders, stalls = self._running.orders, (self._settings.stall_seconds, self._settings.loading_stall_seconds)
+        async with Child(spec, *stalls, self._job) as child, self._checkpoint_uploads(child) as uploads:
+            self._uploads = uploads
             logger.info("job %s: process %s on %s", spec.job_id, child.pid, _device(spec.lease))
-            return await child.result(self._hear)
+            try:
+                with orders.attended(lambda order: self._obey(order, child)):
+                    return await child.result(self._hear)
+            except (LeftEarly, ChildDied) as error:
+                if uploads.lost is not None:
+                    raise uploads.lost from None
+                if isinstance(error, ChildDied) and not orders.ending:
+                    raise
+                if "leave" in orders.given and not await uploads.flush(orders.deadline):
+                    logger.warning("job %s: its last checkpoint is not in the store", spec.job_id)
+                raise Interrupted from None
+            finally:
+                self._running.checkpoints = uploads.kept
+
+    def _checkpoint_uploads(self, child: Child) -> CheckpointUploads:
+        def on_stored(key: str) -> None:
+            self._feed.say(last_checkpoint=self._store.uri(key))
+
+        return CheckpointUploads(
+            self._store,
+            self._claim,
+            self._workspace,
+            self._running.checkpoints,
+            lambda: self._register.require_ours(self._claim),
+            on_stored,
+            on_lost=child.kill,
+        )
+
+    def _obey(self, order: Order, child: Child) -> None:
+        """While the child lives: what it can end better than by being killed, it ends itself."""
+        if order == "stop":
+            child.ask("stop")
+        elif order == "leave" and self._feed.current.phase in SAVING_PHASES:
+            child.ask("leave")
+            loop = asyncio.get_running_loop()
+            loop.call_later((self._running.orders.deadline - loop.time()) * CHILDS_SHARE_OF_GRACE, child.kill)
+        else:
+            child.kill()
 
     def _hear(self, message: ChildMessage) -> None:
-        if isinstance(message, Warned):
-            logger.warning("job %s: %s", self._who.job_id, message.message)
+        match message:
+            case Warned():
+                logger.warning("job %s: %s", self._claim.record.job_id, message.message)
+            case Saved() if self._uploads is not None:
+                self._uploads.hear(message.number)
+            case Loaded(commit=str(commit)) if self._claim.record.model_commit is None:
+                self._keeping = asyncio.create_task(self._keep_model_commit(commit))
+            case _:
+                pass
         self._feed.hear(message)
+
+    async def _keep_model_commit(self, commit: str) -> None:
+        """For the attempts to come; what keeps it from being written shows elsewhere."""
+        with contextlib.suppress(RunLost):
+            ours = self._running.claim
+            self._running.claim = await self._patiently(lambda: self._register.keep_model_commit(ours, commit))
 
     async def _deliver_files(self) -> tuple[list[ArtifactRef], ArtifactRef]:
         self._feed.say(phase="uploading", message="uploading the artifacts", progress=CHILD_SHARE)
         loop = asyncio.get_running_loop()
 
         def on_progress(done: int, total: int) -> None:
+            if self._over:
+                raise Interrupted  # nobody waits for this thread any more
             share = CHILD_SHARE + (1 - CHILD_SHARE) * 0.9 * done / max(1, total)
             loop.call_soon_threadsafe(lambda: self._feed.say(progress=share))
 
@@ -133,6 +209,8 @@ class Attempt:
             memory_limit_bytes=limit,
             token=self._token.get_secret_value() if self._token else None,
             logging=settings.logging,
+            checkpoint_seconds=self._request.checkpoint_seconds or settings.checkpoint_seconds,
+            model_commit=self._running.claim.record.model_commit,
         )
 
     def _hub_token(self, intake: Intake) -> SecretStr | None:

@@ -43,6 +43,7 @@ class Child:
         self._default_stall = stall_seconds
         self._queue: asyncio.Queue[ChildMessage | None] = asyncio.Queue()
         self._threads: list[threading.Thread] = []
+        self._ended = False
         self.stderr: deque[str] = deque(maxlen=STDERR_LINES)
 
     @property
@@ -75,10 +76,11 @@ class Child:
             await asyncio.to_thread(thread.join)
         self._wishes.close()
         self._process.close()
+        self._ended = True
 
     def kill(self) -> None:
         """End the process at once, and what it started, which may outlive it and hold its pipes."""
-        if (pid := self._process.pid) is None:
+        if self._ended or (pid := self._process.pid) is None:
             return
         with contextlib.suppress(ProcessLookupError, PermissionError):
             self._process.kill()

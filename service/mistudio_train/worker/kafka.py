@@ -97,6 +97,7 @@ def reader(settings: Settings) -> AIOKafkaConsumer:
     return AIOKafkaConsumer(
         **client_options(settings),
         group_id=None,
+        auto_offset_reset="earliest",  # of a place that retention has removed, what follows it
         enable_auto_commit=False,
         isolation_level="read_committed",
         max_partition_fetch_bytes=MAX_MESSAGE_BYTES,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mistudio_schemas import ArtifactRef, TrainCompleted, TrainFailed, TrainProgress
+from mistudio_schemas import ArtifactRef, TrainCancelled, TrainCompleted, TrainFailed, TrainProgress
 from mistudio_train import __version__
 from mistudio_train.errors import JobError
 from mistudio_train.messages import Finished
@@ -56,6 +56,7 @@ def completed(
         device=finished.device,
         duration_seconds=seconds,
         memory_peak_bytes=finished.memory_peak_bytes,
+        stopped_early=finished.stopped_early,
         version=__version__,
     )
 
@@ -82,4 +83,19 @@ def failed(who: Who, error: JobError, now: TrainProgress, attempts: int) -> Trai
         attempts=attempts,
         traceback=error.traceback,
         phase=now.phase,
+    )
+
+
+def cancelled(who: Who, now: TrainProgress, requested_by: str | None, message: str) -> TrainCancelled:
+    """The event of a run that somebody did not want any more when it stood as `now` says; nothing of it is kept."""
+    return TrainCancelled(
+        **vars(who),
+        progress=now.progress,
+        current_epoch=now.current_epoch,
+        current_loss=now.current_loss,
+        model_info=now.model_info,
+        message=message,
+        requested_by=requested_by,
+        phase=now.phase,
+        step=now.step,
     )

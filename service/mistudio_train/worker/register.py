@@ -94,7 +94,7 @@ class Register:
         raise AssertionError("numbers have no end")
 
     def take_over(self, claim: Claim, worker: str) -> Claim:
-        """The next attempt of a run that its owner has left, or that this worker tries again.
+        """The next attempt of a run that its owner has left.
 
         Raises:
             RunLost: if the record is another one by now.
@@ -105,6 +105,10 @@ class Register:
             raise ValueError(f"job {claim.record.job_id} run {claim.record.run} has ended")
         return self._put(claim.key, claim.record.taken_over(worker), claim.etag)
 
+    def try_again(self, claim: Claim, worker: str) -> Claim:
+        """The next attempt of a run that this worker still owns. Raises `RunLost`."""
+        return self._as_owner(claim, lambda record: record.taken_over(worker))
+
     def attempt_failed(self, claim: Claim, code: ErrorCode, message: str) -> Claim:
         """Note why the present attempt failed; the run goes on. Raises `RunLost`."""
         return self._as_owner(claim, lambda record: record.attempt_ended("failed", code, message))
@@ -112,6 +116,13 @@ class Register:
     def attempt_stopped(self, claim: Claim, message: str) -> Claim:
         """Note that the present attempt gave the run back in good order; it counts as no failure. Raises `RunLost`."""
         return self._as_owner(claim, lambda record: record.attempt_ended("stopped", message=message))
+
+    def require_ours(self, claim: Claim) -> Claim:
+        """The record as it is now, while `claim`'s attempt owns it. Raises `RunLost`."""
+        present = self._read(claim.key)
+        if present is None or present.record.owner != claim.record.owner:
+            raise RunLost(claim.record.job_id, claim.record.run, present)
+        return present
 
     def keep_model_commit(self, claim: Claim, commit: str) -> Claim:
         """Keep the model's commit for every attempt; the first one said stays. Raises `RunLost`."""

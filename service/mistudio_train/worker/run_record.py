@@ -67,6 +67,11 @@ class ObeyedControl(Kept):
     partition: int
     offset: int
     action: Literal["cancel", "stop"]
+    requested_by: str | None = None
+
+    def is_same(self, other: "ObeyedControl") -> bool:
+        """Whether both are of the same message."""
+        return (self.partition, self.offset) == (other.partition, other.offset)
 
 
 class ManifestRef(Kept):
@@ -144,8 +149,10 @@ class RunRecord(Kept):
         )
 
     def obeyed(self, control: ObeyedControl) -> Self:
-        """With a control that it has obeyed; once is enough."""
-        return self if control in self.controls else self._with(controls=(*self.controls, control))
+        """With a control that it obeys; once is enough, and after its end nothing is obeyed."""
+        if self.state != "running" or any(control.is_same(done) for done in self.controls):
+            return self
+        return self._with(controls=(*self.controls, control))
 
     def with_model_commit(self, commit: str) -> Self:
         """With the commit that every attempt shall use; the first one said stays."""
@@ -154,6 +161,17 @@ class RunRecord(Kept):
     def marked_published(self) -> Self:
         """With its terminal event known to be out."""
         return self if self.published else self._with(published=True)
+
+    @property
+    def created_at(self) -> int:
+        """When the run began, in milliseconds since the epoch."""
+        return int(self.created.timestamp() * 1000)
+
+    @property
+    def ended_at(self) -> int | None:
+        """When its end was decided, in milliseconds since the epoch; `None` while it runs."""
+        times = [attempt.ended for attempt in self.attempts if attempt.ended is not None]
+        return None if self.state == "running" or not times else int(max(times).timestamp() * 1000)
 
     def age_seconds(self) -> float:
         """Since the run was created, by this machine's clock; never below 0."""

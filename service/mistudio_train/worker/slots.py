@@ -8,6 +8,7 @@ from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 
 from .delivery import Group
 from .intake import Message
+from .orders import Orders
 from .supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ class Slot(ConsumerRebalanceListener):  # type: ignore[misc]
         self._stopping = False
         self._busy: TopicPartition | None = None
         self._job: asyncio.Task[None] | None = None
+        self._orders = Orders()
 
     async def on_message(self, record: ConsumerRecord, group: Group) -> None:
         """FastStream's handler; it returns when the message has ended or is no longer ours."""
@@ -36,7 +38,8 @@ class Slot(ConsumerRebalanceListener):  # type: ignore[misc]
             # FastStream hands over what it has fetched until it is stopped itself; the end of a later message would
             # commit an offset beyond the job that has just been given back
             return
-        self._job = asyncio.create_task(self._supervisor.handle(as_message(record), group))
+        self._orders = Orders()
+        self._job = asyncio.create_task(self._supervisor.handle(as_message(record), group, self._orders))
         try:
             await asyncio.shield(self._job)
         except asyncio.CancelledError:
@@ -57,9 +60,12 @@ class Slot(ConsumerRebalanceListener):  # type: ignore[misc]
             logger.warning("slot %d has lost %s; its job stops here", self.number, self._busy)
             self._job.cancel()
 
-    async def stop(self) -> None:
-        """End the running job's process and begin no other; nothing is committed, so the job is delivered again."""
+    async def stop(self, seconds: float) -> None:
+        """Begin no other job, and give the running one so long to leave; not committed, it is delivered again."""
         self._stopping = True
+        if self._job is not None:
+            self._orders.leave(seconds)
+            await asyncio.wait({self._job}, timeout=seconds)
         await self._give_back()
 
     async def _give_back(self) -> None:

@@ -7,34 +7,37 @@ the progress topic are given.
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from functools import partial
 from traceback import format_exception
 from typing import TypeVar
 
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from mistudio_schemas import (
-    KafkaRecord,
-    TrainProgress,
-    record_for,
-)
+from mistudio_schemas import KafkaRecord, TrainProgress, record_for
 from mistudio_train.errors import ChildDied, JobError, StoreUnavailable
 from mistudio_train.settings import Settings
 
 from . import intake as reading
+from .artifacts import remove_leftovers
 from .attempt import Attempt
 from .backoff import BACKOFF_SECONDS, backoff
 from .child_main import Job, train
+from .controls import Control, Controls
 from .dead_letter import dead_letter
-from .delivery import Delivery, Group, PartitionLost, Place
+from .delivery import Delivery, Group, PartitionLost
 from .devices import Devices
 from .intake import Intake, Message, NotARequest
 from .metrics import Metrics
-from .outcome import Who, failed
+from .orders import Interrupted, Orders
+from .outcome import cancelled, failed
 from .progress import ProgressFeed
 from .register import Claim, Register, RunLost
-from .run_record import Terminal
+from .run_record import MessageId, Terminal
+from .running import Running
 from .store import Store
+from .workspace import Workspace
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +49,7 @@ class Supervisor:
     """Takes messages, one at a time a slot, to their ends.
 
     Args:
+        controls: what jobs are told from outside; `on_control` wants to hear of each.
         publish_progress: sends a progress event.
         job: what a child does.
 
@@ -57,49 +61,102 @@ class Supervisor:
         store: Store,
         devices: Devices,
         metrics: Metrics,
+        controls: Controls,
         publish_progress: Callable[[TrainProgress], Awaitable[None]],
         job: Job = train,
     ) -> None:
         self._settings, self._store, self._devices, self._metrics = settings, store, devices, metrics
-        self._register = Register(store)
+        self._register, self._controls = Register(store), controls
         self._publish_progress, self._job = publish_progress, job
+        self._running: set[Running] = set()
+        self._heeding: set[asyncio.Task[None]] = set()
 
-    async def handle(self, message: Message, group: Group) -> None:
+    async def handle(self, message: Message, group: Group, orders: Orders) -> None:
         """Take a message to its end; returns when it is passed, or has been given to another worker."""
         source = TopicPartition(message.topic, message.partition)
-        for delay in backoff():
-            if source not in group.assignment():
-                logger.info("%s is another worker's now", message.place)
-                return
-            try:
-                async with Delivery(self._settings, group, source, message.offset) as delivery:
-                    await self._deliver(delivery, message)
+        try:
+            for delay in backoff():
+                if source not in group.assignment():
+                    logger.info("%s is another worker's now", message.place)
                     return
-            except PartitionLost:
-                logger.warning("%s was given to another worker; nothing more is written for it", message.place)
-                return
-            except (KafkaError, StoreUnavailable, RunLost) as error:
-                logger.warning("%s has to wait %.0f s: %s", message.place, delay, error or type(error).__name__)
-            except Exception:
-                # skipping the message would lose it silently at the next commit
-                logger.exception("a defect holds up %s; trying again in %.0f s", message.place, delay)
-            await asyncio.sleep(delay)
+                try:
+                    await orders.interruptible(self._controls.caught_up())
+                    async with Delivery(self._settings, group, source, message.offset) as delivery:
+                        await self._deliver(delivery, message, orders)
+                        return
+                except (KafkaError, StoreUnavailable, RunLost) as error:
+                    logger.warning("%s has to wait %.0f s: %s", message.place, delay, error or type(error).__name__)
+                except (PartitionLost, Interrupted):
+                    raise
+                except Exception:
+                    # skipping the message would lose it silently at the next commit
+                    logger.exception("a defect holds up %s; trying again in %.0f s", message.place, delay)
+                await orders.interruptible(asyncio.sleep(delay))
+        except PartitionLost:
+            logger.warning("%s was given to another worker; nothing more is written for it", message.place)
+        except Interrupted:
+            logger.info("%s is given back: this worker leaves", message.place)
 
-    async def _deliver(self, delivery: Delivery, message: Message) -> None:
-        if await delivery.is_done():
+    def on_control(self, control: Control) -> bool:
+        """Obey a control at once if it is for a run of this worker's; whether any run of the job is."""
+        runs = [running for running in self._running if running.intake.job_id == control.job_id]
+        for running in runs:
+            task = asyncio.create_task(self._heed_now(running))
+            self._heeding.add(task)
+            task.add_done_callback(self._heeding.discard)
+        return bool(runs)
+
+    async def acknowledge_queued(self, control: Control) -> None:
+        """Say of a job that no worker has ever taken that it is to be cancelled; whoever gets it will see to it."""
+        try:
+            if control.action != "cancel" or await asyncio.to_thread(self._has_begun, control.job_id):
+                return
+            who = control.requested_by or "somebody"
+            message = f"{who} has cancelled the job before a worker has taken it"
+            await self._publish_progress(TrainProgress(job_id=control.job_id, status="cancelling", message=message))
+        except Exception as error:
+            logger.warning("the cancellation of %s is not acknowledged: %s", control.job_id, error)
+
+    def _has_begun(self, job_id: str) -> bool:
+        return any(True for _ in self._register.runs(job_id))
+
+    async def _deliver(self, delivery: Delivery, message: Message, orders: Orders) -> None:
+        committed = await delivery.committed()
+        if committed is not None and committed > message.offset:
             logger.info("%s has already ended", message.place)
-            return await delivery.pass_by()
+            return delivery.read_on()
         try:
             intake = reading.read(message, self._settings.limits)
         except NotARequest as reason:
-            logger.warning("%s is no request (%s); it goes to the dead letters", message.place, reason)
-            self._metrics.dead_letters.inc()
-            letter = dead_letter(message, reason, self._settings)
-            return await delivery.finish(letter, await delivery.place(letter))
-        claim = await self._claim(message, intake)
-        if claim.record.state == "running":
-            return await self._run(delivery, claim, intake)
-        return await self._ended_before(delivery, message, claim, intake)
+            return await self._dead_letter(delivery, message, reason, look_first=committed is None)
+        found = await self._find(message, intake)
+        if found is None or found.record.state == "running":
+            return await self._run(delivery, await self._claim(message, intake), message, intake, orders)
+        if not await self._is_published(delivery, found, intake):
+            logger.info("job %s run %d had ended; its event is published now", intake.job_id, found.record.run)
+            return await self._finish(delivery, found, intake, look_first=True)
+        if committed is None:
+            # Kafka forgets an idle group's offsets; what this group has published is not to run again for that
+            logger.info("%s ended as job %s run %d; it is passed", message.place, intake.job_id, found.record.run)
+            return await delivery.skip()
+        # Event and offset were committed together, so an offset below the event means that the group was set back.
+        logger.info("job %s run %d is published: this is a replay", intake.job_id, found.record.run)
+        await self._patiently(lambda: self._register.published(found))
+        return await self._run(delivery, await self._claim(message, intake), message, intake, orders)
+
+    async def _dead_letter(
+        self, delivery: Delivery, message: Message, reason: NotARequest, *, look_first: bool
+    ) -> None:
+        logger.warning("%s is no request (%s); it goes to the dead letters", message.place, reason)
+        self._metrics.dead_letters.inc()
+        letter = dead_letter(message, reason, self._settings)
+        place = await delivery.place(letter)
+        # of a group without offsets nobody knows what it has dead-lettered; the topic does
+        await delivery.finish(letter, replace(place, end_offset=0) if look_first else place, look_first=look_first)
+
+    async def _find(self, message: Message, intake: Intake) -> Claim | None:
+        identity = MessageId.of(message, self._settings.kafka_group_id)
+        return await asyncio.to_thread(self._register.find, intake.job_id, identity)
 
     async def _claim(self, message: Message, intake: Intake) -> Claim:
         """This very message's unpublished run, else a new run of the job."""
@@ -107,20 +164,56 @@ class Supervisor:
             self._register.claim, intake.job_id, message, self._settings.kafka_group_id, self._settings.worker_id
         )
 
-    async def _run(self, delivery: Delivery, claim: Claim, intake: Intake) -> None:
+    async def _is_published(self, delivery: Delivery, claim: Claim, intake: Intake) -> bool:
+        if claim.record.published:
+            return True
+        event, place = claim.ended()
+        # without transactions an event may be out and its message not passed: then it is published once more
+        return self._settings.kafka_transactions and await delivery.is_published(self._record(event, intake), place)
+
+    async def _run(self, delivery: Delivery, claim: Claim, message: Message, intake: Intake, orders: Orders) -> None:
         record = claim.record
         logger.info("job %s run %d attempt %d begins", record.job_id, record.run, claim.attempt)
+        folder = self._settings.workspaces / f"{record.job_id}-r{record.run}-a{claim.attempt}"
+        workspace = await asyncio.to_thread(Workspace, folder)
         feed = ProgressFeed(self._publish_progress, self._first_event(claim, intake))
-        with self._metrics.running.track_inprogress():
-            claim, event = await self._attempts(claim, intake, feed)
-        place = await delivery.place(self._record(event, intake))
-        ours = claim
+        running = Running(message, intake, claim, feed, orders, folder)
+        self._running.add(running)
+        try:
+            with self._metrics.running.track_inprogress():
+                event = await self._end_of(running)
+        except (asyncio.CancelledError, Interrupted):
+            await asyncio.shield(self._give_back(running))
+            raise
+        finally:
+            self._running.discard(running)
+            await asyncio.to_thread(workspace.remove)
+        await self._conclude(delivery, running, event)
+
+    async def _end_of(self, running: Running) -> Terminal:
+        """How the run ends.
+
+        Raises:
+            Interrupted: if this worker leaves, and another one will end it.
+
+        """
+        try:
+            await self._heed(running)
+            return await running.orders.interruptible(self._attempts(running))
+        except Interrupted:
+            if "leave" in running.orders.given:
+                raise
+            return self._cancelled(running)
+
+    async def _conclude(self, delivery: Delivery, running: Running, event: Terminal) -> None:
+        """Write the run's end into the register, and then into the topic."""
+        place = await delivery.place(self._record(event, running.intake))
+        ours = running.claim
         claim = await self._patiently(lambda: self._register.finish(ours, event, place))
-        ended, place = claim.ended()  # the run's first end, should a lost answer have hidden it from us
-        await self._finish(delivery, claim, self._record(ended, intake), place)
+        await self._finish(delivery, claim, running.intake)
         self._metrics.ended.labels(event.status).inc()
-        logger.info("job %s run %d is %s: %s", record.job_id, record.run, event.status, event.message)
-        await feed.close(
+        logger.info("job %s run %d is %s: %s", event.job_id, event.run, event.status, event.message)
+        await running.feed.close(
             phase="ended",
             status=event.status,
             message=event.message,
@@ -128,31 +221,28 @@ class Supervisor:
             estimated_time_remaining=None,
         )
 
-    async def _attempts(self, claim: Claim, intake: Intake, feed: ProgressFeed) -> tuple[Claim, Terminal]:
+    async def _attempts(self, running: Running) -> Terminal:
         """Try until there is a result, an error that trying again does not mend, or no attempt left."""
         while True:
             try:
-                if intake.request is None:
-                    raise intake.refusal or JobError("no request", "This is a defect of the worker.")
-                self._require_attempts(claim)
-                return claim, await self._attempt(claim, intake, feed).run()
-            except asyncio.CancelledError:
-                await asyncio.shield(self._give_back(claim))
-                raise
-            except (RunLost, PartitionLost):
+                if running.intake.request is None:
+                    raise running.intake.refusal or JobError("no request", "This is a defect of the worker.")
+                self._require_attempts(running.claim)
+                return await self._attempt(running).run()
+            except (RunLost, PartitionLost, Interrupted):
                 raise
             except Exception as unexpected:
                 error = _as_job_error(unexpected)
-                claim = await self._failed_attempt(claim, error)
-                tried = claim.failed_attempts
+                running.claim = await self._failed_attempt(running.claim, error)
+                tried = running.claim.failed_attempts
                 if not error.retryable or tried >= self._settings.max_attempts:
-                    return claim, failed(self._who(claim), error, feed.current, claim.failed_attempts)
+                    return failed(running.who(self._settings.worker_id), error, running.feed.current, tried)
                 delay = BACKOFF_SECONDS[min(tried - 1, len(BACKOFF_SECONDS) - 1)]
-                logger.warning("job %s: %s; attempt %d in %.0f s", claim.record.job_id, error, tried + 1, delay)
-                feed.say(message=f"{error}; tried again in {delay:.0f} s")
+                logger.warning("job %s: %s; attempt %d in %.0f s", running.intake.job_id, error, tried + 1, delay)
+                running.feed.say(message=f"{error}; tried again in {delay:.0f} s")
                 await asyncio.sleep(delay)
-                claim = await self._next_attempt(claim)
-                feed.begin_again(claim.attempt)
+                running.claim = await self._next_attempt(running.claim)
+                running.feed.begin_again(running.claim.attempt)
 
     def _require_attempts(self, claim: Claim) -> None:
         """Refuse one more try of a run whose workers died, as often as it may fail: it may well have killed them."""
@@ -162,60 +252,90 @@ class Supervisor:
                 "Look at that worker's end (out of memory?); ask for less memory, or raise MAX_ATTEMPTS.",
             )
 
-    async def _give_back(self, claim: Claim) -> None:
+    async def _give_back(self, running: Running) -> None:
         """Note that this attempt was stopped in good order, so that it counts as no failure; if it can be done soon."""
+        why = "the worker was stopped, or lost the run"
         try:
             async with asyncio.timeout(GIVE_BACK_SECONDS):
-                await asyncio.to_thread(
-                    self._register.attempt_stopped, claim, "the worker was stopped, or lost the run"
-                )
+                await asyncio.to_thread(self._register.attempt_stopped, running.claim, why)
         except (RunLost, StoreUnavailable, TimeoutError) as error:
-            logger.info("job %s: its register does not say 'stopped': %s", claim.record.job_id, error)
+            logger.info("job %s: its register does not say 'stopped': %s", running.intake.job_id, error)
 
-    def _attempt(self, claim: Claim, intake: Intake, feed: ProgressFeed) -> Attempt:
-        outside = self._settings, self._store, self._devices
-        return Attempt(*outside, self._who(claim), claim, intake, feed, self._patiently, self._job)
+    async def _heed_now(self, running: Running) -> None:
+        try:
+            await self._heed(running)
+        except RunLost as error:
+            logger.info("a control comes too late: %s", error)
+        except Exception:
+            logger.exception("a defect keeps job %s from obeying a control", running.intake.job_id)
+
+    async def _heed(self, running: Running) -> None:
+        """Obey the controls that are for this run: those that an earlier attempt has noted, and those sent since."""
+        for control in await self._controls_for(running):
+            who = control.requested_by or "somebody"
+            if control.action == "cancel":
+                running.feed.say(status="cancelling", message=f"{who} has cancelled the job")
+            else:
+                running.feed.say(message=f"{who} wants what there is: training stops")
+            obey = partial(self._register.obey, running.claim, control.obeyed)
+            running.claim = await self._patiently(obey)
+            logger.info("job %s run %d: %s by %s", control.job_id, running.claim.record.run, control.action, who)
+        for done in running.claim.record.controls:
+            running.orders.give(done.action)
+
+    async def _controls_for(self, running: Running) -> list[Control]:
+        """Those that the run has not obeyed yet."""
+        controls = self._controls.of(running.intake.job_id)
+        if not controls:
+            return []
+        record = running.claim.record
+        runs = await self._patiently(lambda: [one.record for one in self._register.runs(record.job_id)])
+        others = [one for one in runs if one.run != record.run]
+        new = [one for one in controls if not any(one.obeyed.is_same(done) for done in record.controls)]
+        return [control for control in new if control.is_for(record, running.message.timestamp, others)]
+
+    def _cancelled(self, running: Running) -> Terminal:
+        controls = running.claim.record.controls
+        last = next((one for one in controls if one.action == "cancel"), controls[-1] if controls else None)
+        by = last.requested_by if last else None
+        if last is not None and last.action == "stop":
+            message = "stopped before anything was trained: there is nothing to deliver"
+        else:
+            message = f"cancelled by {by or 'somebody'}"
+        return cancelled(running.who(self._settings.worker_id), running.feed.current, by, message)
+
+    def _attempt(self, running: Running) -> Attempt:
+        outside = self._settings, self._store, self._register, self._devices
+        return Attempt(*outside, running, self._patiently, self._job)
 
     async def _failed_attempt(self, claim: Claim, error: JobError) -> Claim:
         return await self._patiently(lambda: self._register.attempt_failed(claim, error.code, str(error)))
 
     async def _next_attempt(self, claim: Claim) -> Claim:
-        return await self._patiently(lambda: self._register.take_over(claim, self._settings.worker_id))
+        return await self._patiently(lambda: self._register.try_again(claim, self._settings.worker_id))
 
     def _first_event(self, claim: Claim, intake: Intake) -> TrainProgress:
         return TrainProgress(
-            **vars(self._who(claim)),
+            job_id=intake.job_id,
+            run=claim.record.run,
+            attempt=claim.attempt,
+            worker=self._settings.worker_id,
             status="running",
             phase="accepting",
             message="a worker has taken the job",
             unknown_fields=intake.unknown,
         )
 
-    def _who(self, claim: Claim) -> Who:
-        return Who(claim.record.job_id, claim.record.run, claim.attempt, self._settings.worker_id)
-
     def _record(self, event: Terminal, intake: Intake) -> KafkaRecord:
         return record_for(
             event, source=self._settings.event_source, topics=self._settings.topics, traceparent=intake.traceparent
         )
 
-    async def _ended_before(self, delivery: Delivery, message: Message, claim: Claim, intake: Intake) -> None:
-        """The run had ended when its worker did: its event goes out as it is, if it has not."""
+    async def _finish(self, delivery: Delivery, claim: Claim, intake: Intake, *, look_first: bool = False) -> None:
+        """Publish the end that the register holds: the run's first one, whoever else came to another."""
         event, place = claim.ended()
-        record = self._record(event, intake)
-        if self._settings.kafka_transactions and await delivery.is_published(record, place):
-            # Event and offset were committed together, so an offset below the event means that the group was rewound.
-            logger.info("job %s run %d is published: this is a replay", intake.job_id, claim.record.run)
-            await self._patiently(lambda: self._register.published(claim))
-            await self._run(delivery, await self._claim(message, intake), intake)
-        else:
-            logger.info("job %s run %d had ended; its event is published now", intake.job_id, claim.record.run)
-            await self._finish(delivery, claim, record, place, look_first=True)
-
-    async def _finish(
-        self, delivery: Delivery, claim: Claim, record: KafkaRecord, place: Place, *, look_first: bool = False
-    ) -> None:
-        await delivery.finish(record, place, look_first=look_first)
+        await self._patiently(lambda: remove_leftovers(self._store, claim))
+        await delivery.finish(self._record(event, intake), place, look_first=look_first)
         try:
             await asyncio.to_thread(self._register.published, claim)
         except (StoreUnavailable, RunLost) as error:

@@ -1,0 +1,166 @@
+"""Every control there is: `train.control`, read from its beginning to its end and on, by each worker for itself.
+
+Knows which control is for which run; must not act on any, which is the supervisor's.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.errors import KafkaError
+
+from mistudio_schemas import TrainControl, parse_event
+from mistudio_train.settings import Settings
+
+from . import kafka
+from .backoff import backoff
+from .run_record import ObeyedControl, RunRecord
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A control, and which record it is."""
+
+    partition: int
+    offset: int
+    sent: int
+    """The record's timestamp, in milliseconds since the epoch."""
+    job_id: str
+    run: int | None
+    action: Literal["cancel", "stop"]
+    requested_by: str | None = None
+    reason: str | None = None
+
+    @property
+    def obeyed(self) -> ObeyedControl:
+        """As a run's record keeps it."""
+        return ObeyedControl(
+            partition=self.partition, offset=self.offset, action=self.action, requested_by=self.requested_by
+        )
+
+    def is_for(self, record: RunRecord, asked: int, others: Iterable[RunRecord]) -> bool:
+        """Whether it is for this run.
+
+        One that names no run is for the unfinished run, or for the first that begins later, and for one only: never
+        for a run that was asked for after it, once the job has had an end.
+
+        Args:
+            record: of the run.
+            asked: when its request was published, in milliseconds since the epoch.
+            others: the job's other runs.
+
+        """
+        if self.run is not None:
+            return self.run == record.run
+        others = list(others)
+        if any(self.obeyed.is_same(done) for other in others for done in other.controls):
+            return False
+        ends = [end for other in others if (end := other.ended_at) is not None]
+        if any(other.message == record.message for other in others):
+            asked = record.created_at  # the group was set back: when, nobody has noted
+        return not ends or self.sent >= max(asked, *ends)
+
+
+class Controls:
+    """The controls by job, kept up to date.
+
+    Args:
+        on_control: told of each control that is sent while the worker runs.
+
+    """
+
+    def __init__(self, settings: Settings, on_control: Callable[[Control], None]) -> None:
+        self._settings, self._on_control = settings, on_control
+        self._of_job: dict[str, list[Control]] = defaultdict(list)
+        self._next: dict[TopicPartition, int] = {}
+        self._consumer: AIOKafkaConsumer | None = None
+        self._moved = asyncio.Condition()
+        self._live = False
+
+    def of(self, job_id: str) -> list[Control]:
+        """Of the job, in the order they were sent."""
+        return list(self._of_job.get(job_id, ()))
+
+    async def follow(self) -> None:
+        """Read on for ever; a broker that is away is waited for."""
+        waits = backoff()
+        while True:
+            try:
+                async with kafka.started(kafka.reader(self._settings)) as consumer:
+                    await self._begin(consumer)
+                    waits = backoff()
+                    while True:
+                        for records in (await consumer.getmany(timeout_ms=1000)).values():
+                            await self._take(records)
+            except (KafkaError, OSError) as error:
+                delay = next(waits)
+                logger.warning("controls cannot be read (%s); again in %.0f s", type(error).__name__, delay)
+                await asyncio.sleep(delay)
+            finally:
+                self._consumer = None
+
+    async def caught_up(self) -> None:
+        """Until every control that was sent before this call has been read."""
+        ends = await self._ends()
+        async with self._moved:
+            await self._moved.wait_for(lambda: all(self._next.get(where, 0) >= end for where, end in ends.items()))
+        self._live = True
+
+    async def _ends(self) -> dict[TopicPartition, int]:
+        for delay in backoff((0.1, 0.5, 1.0)):
+            if (consumer := self._consumer) is not None:
+                with contextlib.suppress(KafkaError, OSError):  # `follow` says so, and begins again
+                    ends: dict[TopicPartition, int] = await consumer.end_offsets(list(consumer.assignment()))
+                    return ends
+            await asyncio.sleep(delay)
+        raise AssertionError("backoff has no end")
+
+    async def _begin(self, consumer: AIOKafkaConsumer) -> None:
+        topic = self._settings.topics.control
+        numbers = (await consumer._client.fetch_all_metadata()).partitions_for_topic(topic) or set()
+        places = [TopicPartition(topic, number) for number in sorted(numbers)]
+        consumer.assign(places)
+        for place, begin in (await consumer.beginning_offsets(places)).items():
+            self._next[place] = max(begin, self._next.get(place, 0))
+            consumer.seek(place, self._next[place])
+        self._consumer = consumer
+
+    async def _take(self, records: list[ConsumerRecord]) -> None:
+        for record in records:
+            control = read(record)
+            if control is not None:
+                self._of_job[control.job_id].append(control)
+                if self._live:
+                    self._on_control(control)
+            self._next[TopicPartition(record.topic, record.partition)] = record.offset + 1
+        async with self._moved:
+            self._moved.notify_all()
+
+
+def read(record: ConsumerRecord) -> Control | None:
+    """The control in a record; `None`, and a line in the log, for what is none."""
+    try:
+        event = parse_event(record.value or b"", record.headers)
+        if not isinstance(event, TrainControl):
+            raise ValueError(f"{type(event).__name__} is no control")
+    except (ValueError, RecursionError) as error:
+        place = f"{record.topic}-{record.partition}@{record.offset}"
+        logger.warning("%s is no control, and nobody obeys it: %s", place, type(error).__name__)
+        return None
+    return Control(
+        record.partition,
+        record.offset,
+        record.timestamp,
+        event.job_id,
+        event.run,
+        event.action,
+        event.requested_by,
+        event.reason,
+    )
