@@ -52,7 +52,7 @@ def read_all(settings: Settings, topic: str) -> list[Seen]:
 
 
 def _seen(record: Any) -> Seen:
-    headers = {name: value.decode() for name, value in record.headers()}
+    headers = {name: value.decode(errors="replace") for name, value in record.headers() or ()}
     return Seen(record.key(), record.value(), headers, record.timestamp()[1])
 
 
