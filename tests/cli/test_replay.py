@@ -185,7 +185,7 @@ def test_it_asks_first(cli: Cli, settings: Settings, monkeypatch: pytest.MonkeyP
         with typed(answer, monkeypatch):
             ended = cli("replay", "--job", "j")
         assert ended.status == 2
-        assert "Publish 1 requests again?" in ended.err
+        assert "Publish 1 request again?" in ended.err
         assert "Nothing was changed." in ended.err
     assert len(requests(settings)) == 1
     with typed("y\n", monkeypatch):

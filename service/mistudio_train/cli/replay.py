@@ -152,7 +152,8 @@ def _confirm(plan: Plan, settings: Settings, yes: bool) -> None:
         raise CliError(
             "nothing was changed: there is no terminal to ask at", "Look with --dry-run, then repeat it with --yes."
         )
-    question = f"Publish {len(plan.requests)} requests again?"
+    count = len(plan.requests)
+    question = f"Publish {count} request{'s' if count > 1 else ''} again?"
     if plan.moves:
         question = f"Set {len(plan.moves)} partitions of {settings.kafka_group_id} back, and run all of these?"
     try:
