@@ -10,7 +10,15 @@ from tests.cli.conftest import Cli
 @pytest.mark.usefixtures("nowhere")
 @pytest.mark.parametrize(
     "arguments",
-    [("submit", "-m", "gpt2", "-c", "a.txt"), ("watch", "j"), ("jobs",), ("init",)],
+    [
+        ("submit", "-m", "gpt2", "-c", "a.txt"),
+        ("watch", "j"),
+        ("jobs",),
+        ("cancel", "j"),
+        ("stop", "j"),
+        ("replay", "--job", "j", "--yes"),
+        ("init",),
+    ],
     ids=lambda arguments: arguments[0],
 )
 def test_no_broker(arguments: tuple[str, ...], cli: Cli) -> None:

@@ -52,7 +52,7 @@ def read_all(settings: Settings, topic: str) -> list[Seen]:
 
 
 def _seen(record: Any) -> Seen:
-    headers = {name: value.decode() for name, value in record.headers()}
+    headers = {name: value.decode(errors="replace") for name, value in record.headers() or ()}
     return Seen(record.key(), record.value(), headers, record.timestamp()[1])
 
 
@@ -60,9 +60,11 @@ def publish(settings: Settings, *events: TrainProgress | TrainCompleted | TrainF
     send(settings, [record_for(event, source="/tests", topics=settings.topics) for event in events])
 
 
-def send(settings: Settings, records: Iterable[KafkaRecord]) -> None:
-    """Returns when all are acknowledged."""
+def send(settings: Settings, records: Iterable[KafkaRecord], partition: int = -1) -> None:
+    """Returns when all are acknowledged. Without a partition the keys choose."""
     producer = Producer({"bootstrap.servers": settings.kafka_bootstrap_servers, "partitioner": "murmur2_random"})
     for record in records:
-        producer.produce(record.topic, key=record.key, value=record.value, headers=list(record.headers))
+        producer.produce(
+            record.topic, key=record.key, value=record.value, headers=list(record.headers), partition=partition
+        )
     assert producer.flush(WAIT_SECONDS) == 0

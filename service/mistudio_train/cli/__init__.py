@@ -14,7 +14,7 @@ import typer
 from mistudio_train import __version__
 from mistudio_train.errors import JobError
 
-from . import corpus, demo, fetch, machine, run, submit, watch, worker
+from . import control, corpus, demo, fetch, machine, replay, run, submit, watch, worker
 from .display import say_error
 from .environment import use_env_file
 from .errors import CliError, Exit
@@ -29,6 +29,8 @@ app = typer.Typer(
 for commands in (
     submit.commands,
     watch.commands,
+    control.commands,
+    replay.commands,
     fetch.commands,
     corpus.commands,
     run.commands,

@@ -5,17 +5,18 @@ Imported inside commands only, as Kafka's client is slow to load; shows nothing 
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError, UnknownTopicOrPartitionError
 from aiokafka.partitioner import DefaultPartitioner
 
 from mistudio_schemas import (
     TrainCancelled,
     TrainCompleted,
+    TrainControl,
     TrainFailed,
     TrainProgress,
     TrainRequested,
@@ -25,6 +26,7 @@ from mistudio_schemas import (
 from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
 
+from . import group
 from .errors import CliError
 
 logger = logging.getLogger(__name__)
@@ -64,12 +66,41 @@ async def submit(settings: Settings, request: TrainRequested) -> None:
 
     """
     assert request.job_id is not None  # the command has made one
-    queued = TrainProgress(job_id=request.job_id, status="queued", message="waiting for a worker")
     async with kafka.started(kafka.producer(settings)) as producer:
-        await _require_topics(producer.client, [settings.topics.progress, settings.topics.requested])
-        for event in (queued, request):
-            record = record_for(event, source=SOURCE, topics=settings.topics)
-            await producer.send_and_wait(**record.as_dict())
+        await require_topics(producer.client, [settings.topics.progress, settings.topics.requested])
+        waiting = await group.waiting(settings, await producer.partitions_for(settings.topics.requested))
+        await send(producer, settings, queued(request.job_id))
+        await send(producer, settings, request, group.emptiest(waiting))
+
+
+async def tell(settings: Settings, control: TrainControl, status: TrainProgress | None) -> None:
+    """Publish a control and then, if there is one, the status that it brings about: never a status without its control.
+
+    Raises:
+        KafkaError: if either is not acknowledged.
+
+    """
+    async with kafka.started(kafka.producer(settings)) as producer:
+        await require_topics(producer.client, [settings.topics.progress, settings.topics.control])
+        await send(producer, settings, control)
+        if status is not None:
+            await send(producer, settings, status)
+
+
+def queued(job_id: str) -> TrainProgress:
+    """A job's status before any worker knows of it."""
+    return TrainProgress(job_id=job_id, status="queued", message="waiting for a worker")
+
+
+async def send(
+    producer: AIOKafkaProducer,
+    settings: Settings,
+    event: TrainRequested | TrainProgress | TrainControl,
+    partition: int | None = None,
+) -> None:
+    """Send one event and await its acknowledgement; `None`: to its key's partition."""
+    record = record_for(event, source=SOURCE, topics=settings.topics)
+    await producer.send_and_wait(**record.as_dict(), partition=partition)
 
 
 async def latest_statuses(settings: Settings) -> list[TrainProgress]:
@@ -80,8 +111,8 @@ async def latest_statuses(settings: Settings) -> list[TrainProgress]:
 
     """
     latest: dict[str, TrainProgress] = {}
-    async with _reading(settings, [settings.topics.progress]) as consumer:
-        async for record in _to_the_end(consumer):
+    async with reading(settings, [settings.topics.progress]) as consumer:
+        async for record in to_the_end(consumer):
             event = _status_in(record)
             if isinstance(event, TrainProgress):
                 latest[event.job_id] = event
@@ -132,8 +163,8 @@ async def follow(settings: Settings, job_id: str, run: int | None = None) -> Asy
     """
     story, topics = Story(job_id, run), settings.topics
     names = [topics.progress, topics.completed, topics.failed, topics.cancelled]
-    async with _reading(settings, names, progress_of=job_id) as consumer:
-        async for record in _to_the_end(consumer):
+    async with reading(settings, names, progress_of=job_id) as consumer:
+        async for record in to_the_end(consumer):
             if record.key == job_id.encode() and (event := _status_in(record)) is not None:
                 story.hear(event)
         yield story.end or story.progress
@@ -144,8 +175,35 @@ async def follow(settings: Settings, job_id: str, run: int | None = None) -> Asy
                 yield event
 
 
+async def standing(settings: Settings, job_id: str) -> StatusEvent | None:
+    """How the job's newest run stands now; `None`: nobody has heard of the job.
+
+    Raises:
+        KafkaError: if the topics cannot be read.
+
+    """
+    async with aclosing(follow(settings, job_id)) as events:
+        return await anext(events)
+
+
+async def stories(settings: Settings, job_ids: Iterable[str]) -> dict[str, Story]:
+    """What is known of each of these jobs.
+
+    Raises:
+        KafkaError: if the topics cannot be read.
+
+    """
+    told, topics = {job_id: Story(job_id) for job_id in job_ids}, settings.topics
+    async with reading(settings, [topics.progress, topics.completed, topics.failed, topics.cancelled]) as consumer:
+        async for record in to_the_end(consumer):
+            story = told.get((record.key or b"").decode(errors="replace"))
+            if story is not None and (event := _status_in(record)) is not None:
+                story.hear(event)
+    return told
+
+
 @asynccontextmanager
-async def _reading(
+async def reading(
     settings: Settings, topics: list[str], progress_of: str | None = None
 ) -> AsyncIterator[AIOKafkaConsumer]:
     """A consumer at the beginning of the topics, outside every group.
@@ -164,7 +222,7 @@ async def _reading(
         yield consumer
 
 
-async def _to_the_end(consumer: AIOKafkaConsumer) -> AsyncIterator[Any]:
+async def to_the_end(consumer: AIOKafkaConsumer) -> AsyncIterator[Any]:
     """The records that are there now."""
     ends = await consumer.end_offsets(list(consumer.assignment()))
     waiting = set(ends)
@@ -192,7 +250,7 @@ def _status_in(record: Any) -> StatusEvent | None:
     return event if isinstance(event, TrainProgress | TrainCompleted | TrainFailed | TrainCancelled) else None
 
 
-async def _require_topics(client: Any, topics: Iterable[str]) -> None:
+async def require_topics(client: Any, topics: Iterable[str]) -> None:
     """Raise UnknownTopicOrPartitionError at once for a missing topic, where a send would wait for a minute."""
     existing = (await client.fetch_all_metadata()).topics()
     if missing := [topic for topic in topics if topic not in existing]:

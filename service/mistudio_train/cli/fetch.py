@@ -9,6 +9,7 @@ import typer
 from .display import say
 from .environment import load_settings
 from .errors import CliError
+from .request_input import checked_job_id
 
 if TYPE_CHECKING:
     from mistudio_train.worker.run_record import Claim
@@ -71,8 +72,7 @@ def _finished(store: "Store", job: str, run: int | None) -> "Claim":
     """
     from mistudio_train.worker.register import Register
 
-    _check_job_id(job)
-    runs = [claim for claim in Register(store).runs(job) if run in (None, claim.record.run)]
+    runs = [claim for claim in Register(store).runs(checked_job_id(job)) if run in (None, claim.record.run)]
     for claim in runs:
         if claim.record.state == "finished":
             return claim
@@ -81,14 +81,3 @@ def _finished(store: "Store", job: str, run: int | None) -> "Claim":
         raise CliError(f"the store has no run of {which}", "Check the id with `mistudio-train jobs`, and MINIO_BUCKET.")
     newest = runs[0].record
     raise CliError(f"{which} has no result: run {newest.run} is {newest.state}", f"See why: mistudio-train watch {job}")
-
-
-def _check_job_id(job: str) -> None:
-    from pydantic import TypeAdapter, ValidationError
-
-    from mistudio_schemas import JobId
-
-    try:
-        TypeAdapter(JobId).validate_python(job)
-    except ValidationError:
-        raise CliError(f"'{job}' is no job's id", "List them with `mistudio-train jobs`.") from None

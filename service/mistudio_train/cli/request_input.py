@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from mistudio_schemas import Limits, TrainRequested, UnknownFields, refuse_unknown_fields
+from mistudio_schemas import JobId, Limits, TrainRequested, UnknownFields, refuse_unknown_fields
 from mistudio_train.worker.intake import refusal_of
 
 from .errors import CliError
@@ -91,6 +91,19 @@ def checked(raw: JsonObject, limits: Limits) -> TrainRequested:
         raise CliError(str(error), "Correct or remove it; nothing was sent.") from None
     except ValidationError as error:
         raise refusal_of(error) from None
+
+
+def checked_job_id(job: str) -> str:
+    """The id, if it can be a job's.
+
+    Raises:
+        CliError: if it cannot.
+
+    """
+    try:
+        return TypeAdapter[str](JobId).validate_python(job)
+    except ValidationError:
+        raise CliError(f"'{job}' is no job's id", "List them with `mistudio-train jobs`.") from None
 
 
 def _inside(holder: Any, step: str, setting: str) -> Any:

@@ -65,6 +65,11 @@ class Place:
     end_offset: int
 
 
+def transactional_id(settings: Settings, source: TopicPartition) -> str:
+    """Of the producer that ends a partition's messages: whoever starts one with it fences all earlier ones."""
+    return f"{settings.kafka_group_id}.{source.topic}.{source.partition}"
+
+
 class Delivery:
     """The way of one message to its end, as an async context manager.
 
@@ -76,7 +81,7 @@ class Delivery:
 
     def __init__(self, settings: Settings, group: Group, source: TopicPartition, offset: int) -> None:
         self._settings, self._group, self._source, self._offset = settings, group, source, offset
-        self._id = f"{settings.kafka_group_id}.{source.topic}.{source.partition}"
+        self._id = transactional_id(settings, source)
         self._producer: AIOKafkaProducer | None = None
 
     async def __aenter__(self) -> Self:
