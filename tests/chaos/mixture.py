@@ -20,7 +20,7 @@ class Size:
     token_epochs: int
 
 
-SIZES = {"short": Size(120, 60, 12), "long": Size(1200, 400, 100)}
+SIZES = {"short": Size(50, 60, 10), "long": Size(1200, 400, 100)}
 
 
 def make_inputs(folder: Path, size: Size) -> None:

@@ -119,7 +119,7 @@ class Stage:
     """A file that says at any moment where the worker is in the delivery of a job; `attempt` before its upload."""
 
     def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
 
     def at(self, point: str, side: str) -> None:
         """Write it down."""

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +45,8 @@ class Worker:
     log: Path
     trap: Trap | None
     frozen: bool = False
+    ended_by: str | None = None
+    """What was done to it, if it was meant to end."""
 
     @property
     def alive(self) -> bool:
@@ -233,6 +235,18 @@ async def until(true: Callable[[], Any], seconds: float, what: str, every: float
             raise TimeoutError(f"not within {seconds:.0f} s: {what}")
         await asyncio.sleep(every)
     return time.monotonic() - began
+
+
+async def until_async(true: Callable[[], Awaitable[bool]], seconds: float) -> None:
+    """The same for what has to be asked for.
+
+    Raises:
+        TimeoutError: if it does not become so.
+
+    """
+    async with asyncio.timeout(seconds):
+        while not await true():  # noqa: ASYNC110 - only the servers know
+            await asyncio.sleep(0.2)
 
 
 @asynccontextmanager
