@@ -5,6 +5,7 @@ Ends with a table, and with status 1 if any job was lost, ended twice, or differ
 
 import argparse
 import asyncio
+import logging
 import random
 import sys
 import tempfile
@@ -14,6 +15,9 @@ from pathlib import Path
 from .campaign import Plan, run
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+COLD = 0.2
 
 
 def main() -> int:
@@ -29,8 +33,9 @@ def main() -> int:
     folder = options.folder or Path(tempfile.mkdtemp(prefix="mistudio-chaos-"))
     print(f"seed {seed}; logs in {folder}", flush=True)
     pause = (1.0, 8.0) if options.size == "long" else (0.5, 3.0)
-    plan = Plan(options.size, seed, pause, seconds=options.minutes * 60)
+    plan = Plan(options.size, seed, pause, seconds=options.minutes * 60, cold=COLD)
     repeat = f"make chaos MINUTES={options.minutes:g} SEED={seed}"
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # of a broker that is away
     outcome = asyncio.run(run(plan, folder, repeat, lambda line: print(line, flush=True)))
     text = "\n".join(outcome.lines())
     print(text)

@@ -15,7 +15,7 @@ from .checker import Checked, Checker
 from .deeds import Deeds
 from .mixture import SIZES
 from .results import digests
-from .world import World, a_world
+from .world import World, a_base, a_world
 
 OUTSTANDING = 5
 """Jobs that wait or run at any time."""
@@ -40,11 +40,13 @@ class Plan:
     at_most_seconds: float = float("inf")
     slots: int = 3
     restart_seconds: float = 2.0
+    cold: float = 0.0
+    """Share of workers whose children are spawned as in production."""
 
 
 async def run(plan: Plan, folder: Path, repeat: str, say: Callable[[str], None] = print) -> table.Outcome:
     """Do it; `folder` keeps logs and data."""
-    async with a_world(folder, SIZES[plan.size]) as world:
+    async with a_base(folder, SIZES[plan.size]) as base, a_world(base) as world:
         began = time.monotonic()
         references, seconds = await _undisturbed(world)
         say(f"{len(references)} undisturbed jobs, {time.monotonic() - began:.0f} s; now everything dies")
@@ -85,7 +87,7 @@ async def _undisturbed(world: World) -> tuple[dict[str, dict[str, str]], list[fl
 
 async def _disturbed(world: World, plan: Plan, say: Callable[[str], None]) -> Deeds:
     rng, began = random.Random(plan.seed), time.monotonic()
-    deeds = Deeds(world, rng, plan.slots, plan.restart_seconds)
+    deeds = Deeds(world, rng, plan.slots, plan.restart_seconds, plan.cold)
     deeds.begin_keeping()
     asking = asyncio.create_task(_keep_asking(world, random.Random(plan.seed)))
     said = 0

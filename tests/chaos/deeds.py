@@ -14,14 +14,13 @@ from dataclasses import dataclass
 import psutil
 
 from . import points
-from .world import CHILD_GONE_SECONDS, SESSION_SECONDS, Child, Worker, World, until
+from .world import CHILD_GONE_SECONDS, Child, Worker, World, until
 
 TRAPPED = 0.3
 """Share of workers that begin with a trap at a named point."""
 TRAP_VICTIMS = ("worker", "worker", "worker", "broker", "broker-soon")
-COLD = 0.15
-"""Share of workers whose children are spawned as in production."""
-TAKEN_OVER_SECONDS = 3 * SESSION_SECONDS
+TAKEN_OVER_SECONDS = 20.0
+"""Within this long another worker takes over what a frozen one had; else it just goes on."""
 KILLS = ("worker", "child", "both", "broker", "store")
 
 
@@ -56,13 +55,14 @@ class Deeds:
     Args:
         slots: of workers.
         restart_seconds: within this long of its end a worker is started again.
+        cold: share of workers whose children are spawned as in production.
 
     """
 
-    def __init__(self, world: World, rng: random.Random, slots: int, restart_seconds: float) -> None:
+    def __init__(self, world: World, rng: random.Random, slots: int, restart_seconds: float, cold: float) -> None:
         self._world, self._rng = world, rng
         self._slots = list(range(1, slots + 1))
-        self._restart_seconds = restart_seconds
+        self._restart_seconds, self._cold = restart_seconds, cold
         self._began = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting: set[int] = set()
@@ -88,10 +88,10 @@ class Deeds:
 
     async def _keep(self) -> None:
         while True:
-            for name in self._world.servers:
-                if self._world.is_down(name):
+            for name in self._world.base.servers:
+                if self._world.base.is_down(name):
                     self._note_sprung(name)
-                    self._spawn(self._world.end_server(name, self._rng.uniform(0, 1)))
+                    self._spawn(self._world.base.end_server(name, self._rng.uniform(0, 1)))
                     await asyncio.sleep(0)
             for slot in self._slots:
                 if slot not in self._starting and not any(one.slot == slot for one in self._world.living):
@@ -186,9 +186,9 @@ class Deeds:
             _kill(child)
 
     async def _kill_server(self, name: str) -> None:
-        if not self._world.locks[name].locked():
+        if not self._world.base.locks[name].locked():
             self._note(name, self._victim())
-            self._spawn(self._world.end_server(name, self._rng.uniform(0, 2)))
+            self._spawn(self._world.base.end_server(name, self._rng.uniform(0, 2)))
             await asyncio.sleep(0)
 
     async def _freeze(self) -> None:
@@ -207,7 +207,7 @@ class Deeds:
             if said:
                 await self._world.watch.attempt_beyond(job, said[-1].attempt or 0, TAKEN_OVER_SECONDS)
             else:
-                await asyncio.sleep(SESSION_SECONDS + 1)
+                await asyncio.sleep(self._world.base.size.session_seconds + 1)
         worker.thaw()
 
     async def _terminate(self) -> None:
@@ -252,7 +252,7 @@ class Deeds:
             if not self._quiet and self._rng.random() < TRAPPED:
                 point, side = self._rng.choice(points.POINTS), self._rng.choice(points.SIDES)
                 trap = self._world.trap(point, side, self._rng.choice(TRAP_VICTIMS))
-            self._world.start_worker(slot, trap, cold=self._rng.random() < COLD)
+            self._world.start_worker(slot, trap, cold=self._rng.random() < self._cold)
         finally:
             self._starting.discard(slot)
 

@@ -18,9 +18,11 @@ class Size:
     texts: int
     mean_epochs: int
     token_epochs: int
+    session_seconds: int
+    """Of silence, after which a worker has left its group."""
 
 
-SIZES = {"short": Size(50, 60, 10), "long": Size(1200, 400, 100)}
+SIZES = {"short": Size(50, 60, 10, 3), "long": Size(400, 2500, 120, 6)}
 
 
 def make_inputs(folder: Path, size: Size) -> None:

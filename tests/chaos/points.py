@@ -1,9 +1,11 @@
 """Named moments in a job's life, and what dies there: functions of the worker's are wrapped, in this process only.
 
-Production code knows nothing of it. A trap springs once in its life: it leaves a mark.
+Production code knows nothing of it. A trap lies in the worker's
+folder, can be set while the worker runs, and springs once: it leaves a mark.
 """
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 from functools import wraps
 from multiprocessing import parent_process
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 WORKER_POINTS = (
     "upload",  # of all artifacts
@@ -34,80 +36,87 @@ CHILD_POINTS = ("checkpoint",)  # the rename that makes a file of a checkpoint w
 POINTS = WORKER_POINTS + CHILD_POINTS
 SIDES = ("before", "after")
 BETWEEN_MANIFEST_AND_READ_BACK = ("register", "begin", "send", "offsets", "commit", "answer")
-PASSINGS = {"object": 3, "checkpoint": 5, "checkpoint-upload": 2}
+PASSINGS = {"object": 3, "checkpoint": 3}
 """Which passing of a point kills, where it is not the first."""
+TRAP = "trap.json"
+"""The file in a worker's folder that holds its trap."""
 SOON_SECONDS = 0.04
 """Within this long of a commit's answer a broker that is killed may lose it."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trap:
     """What dies, where and when."""
 
     point: str
     side: str
     victim: str
-    """`worker`, `child`, `broker`, `store`, or `broker-soon`: within 40 ms."""
+    """`worker`, `child`, `broker`, `store`; `broker-soon`: within 40 ms; `frozen`: the worker, stopped not killed."""
     mark: Path
     """A file that says that it has happened."""
     pids: Path
     """A folder with the process ids of the servers, each in a file of its name."""
-    passing: int = 1
-    passed: int = 0
-
-    @classmethod
-    def from_environment(cls) -> Self | None:
-        """What `environment` has said, in the process that it was given to."""
-        if "CHAOS_POINT" not in os.environ:
-            return None
-        point, _, side = os.environ["CHAOS_POINT"].partition(":")
-        mark, pids = Path(os.environ["CHAOS_MARK"]), Path(os.environ["CHAOS_PIDS"])
-        return cls(point, side, os.environ["CHAOS_VICTIM"], mark, pids, PASSINGS.get(point, 1))
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """For the worker's process."""
-        return {
-            "CHAOS_POINT": f"{self.point}:{self.side}",
-            "CHAOS_VICTIM": self.victim,
-            "CHAOS_MARK": str(self.mark),
-            "CHAOS_PIDS": str(self.pids),
-        }
 
     @property
     def sprung(self) -> bool:
         """Whether it has happened."""
         return self.mark.exists()
 
+    def set(self, data_path: Path) -> None:
+        """For the worker that has this folder, from its next passing on."""
+        data_path.mkdir(parents=True, exist_ok=True)
+        fields = {name: str(value) for name, value in vars(self).items()}
+        aside = data_path / f"{TRAP}.new"
+        aside.write_text(json.dumps(fields))
+        aside.replace(data_path / TRAP)
+
+
+class Trapper:
+    """Springs the trap that lies in the folder of this worker, in the worker's process or in its child's."""
+
+    def __init__(self, data_path: Path) -> None:
+        self._path = data_path / TRAP
+        self._mark, self._passed = Path(), 0
+
     def at(self, point: str, side: str) -> None:
         """Somebody is here."""
-        if (point, side) != (self.point, self.side):
-            return
-        self.passed += 1
-        if self.passed >= self.passing:
-            self._spring()
-
-    def _spring(self) -> None:
         try:
-            with self.mark.open("x") as mark:
-                mark.write(f"{self.point}:{self.side} {self.victim} {time.time()}\n")
-        except FileExistsError:
+            fields = json.loads(self._path.read_text())
+        except FileNotFoundError:
             return
-        match self.victim:
-            case "worker":
-                parent = parent_process()
-                _kill(os.getpid() if parent is None or parent.pid is None else parent.pid)
-                if parent is not None:
-                    threading.Event().wait()  # a child ends by itself when its parent has
-            case "child":
-                _kill(os.getpid())
-            case "broker-soon":
-                threading.Timer(random.uniform(0, SOON_SECONDS), self._kill_server, ("broker",)).start()
-            case server:
-                self._kill_server(server)
+        trap = Trap(**fields | {"mark": Path(fields["mark"]), "pids": Path(fields["pids"])})
+        if (point, side) != (trap.point, trap.side) or trap.sprung:
+            return
+        self._passed = self._passed + 1 if trap.mark == self._mark else 1
+        self._mark = trap.mark
+        if self._passed >= PASSINGS.get(point, 1):
+            _spring(trap)
 
-    def _kill_server(self, name: str) -> None:
-        _kill(int((self.pids / name).read_text()))
+
+def _spring(trap: Trap) -> None:
+    try:
+        with trap.mark.open("x") as mark:
+            mark.write(f"{trap.point}:{trap.side} {trap.victim} {time.time()}\n")
+    except FileExistsError:
+        return
+    parent = parent_process()
+    worker = os.getpid() if parent is None or parent.pid is None else parent.pid
+    match trap.victim:
+        case "worker":
+            _kill(worker)
+            threading.Event().wait()  # a child ends by itself when its parent has
+        case "frozen":
+            os.kill(worker, signal.SIGSTOP)
+        case "child":
+            _kill(os.getpid())
+        case "broker-soon":
+            threading.Timer(random.uniform(0, SOON_SECONDS), _kill_server, (trap, "broker")).start()
+        case server:
+            _kill_server(trap, server)
+
+
+def _kill_server(trap: Trap, name: str) -> None:
+    _kill(int((trap.pids / name).read_text()))
 
 
 def _kill(pid: int) -> None:
@@ -135,7 +144,7 @@ class Stage:
 class Passers:
     """All who want to know that a point is passed."""
 
-    def __init__(self, *passers: Stage | Trap) -> None:
+    def __init__(self, *passers: Stage | Trapper) -> None:
         self._passers = passers
 
     def at(self, point: str, side: str) -> None:
@@ -195,13 +204,13 @@ def _wrap_commit(producer: Any, handler: Any, trap: Passers) -> None:
     producer.commit_transaction, handler.do, handler.handle_response = new_commit, new_do, new_handle_response
 
 
-def set_in_child(trap: Trap) -> None:
+def set_in_child(trap: Passers) -> None:
     """Wrap the functions of this process, which is a child."""
 
     def is_checkpoint(path: Path, *_: object) -> bool:
         return path.suffix == ".partial" and path.parent.name == "checkpoints"
 
-    _wrap(Path, "replace", Passers(trap), "checkpoint", is_checkpoint)
+    _wrap(Path, "replace", trap, "checkpoint", is_checkpoint)
 
 
 def _wrap(owner: Any, name: str, trap: Passers, point: str, if_: Callable[..., bool] = lambda *_, **__: True) -> None:

@@ -10,7 +10,6 @@ import signal
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,7 @@ class CountingParent:
         return self._parent.wish
 
 
-def job(trap: points.Trap | None, spec: JobSpec, parent: Parent) -> Finished:
+def job(spec: JobSpec, parent: Parent) -> Finished:
     """The real work, by a child that can be found."""
     data_path = spec.workspace.parents[2]
     for folder in ("children", "saved"):
@@ -75,14 +74,13 @@ def job(trap: points.Trap | None, spec: JobSpec, parent: Parent) -> Finished:
     (data_path / "children" / f"{pid}.json").write_text(
         json.dumps({"pid": pid, "job_id": spec.job_id, "created": psutil.Process().create_time()})
     )
-    if trap is not None and trap.point in points.CHILD_POINTS:
-        points.set_in_child(trap)
+    points.set_in_child(points.Passers(points.Trapper(data_path)))
     return train(spec, CountingParent(parent, data_path / "saved" / spec.job_id))
 
 
 def main() -> None:
     """Serve until told to stop, or killed."""
-    settings, trap = Settings(), points.Trap.from_environment()
+    settings = Settings()
     setup_logging(settings.logging)
     from mistudio_train.worker import app, supervisor
 
@@ -90,11 +88,11 @@ def main() -> None:
         nursery.use(os.environ[nursery.ADDRESS])
     settings.data_path.mkdir(parents=True, exist_ok=True)
     stage = points.Stage(settings.data_path / STAGE)
-    points.set_in_worker(points.Passers(stage, trap) if trap else points.Passers(stage))
+    points.set_in_worker(points.Passers(stage, points.Trapper(settings.data_path)))
     supervisor.BACKOFF_SECONDS = RETRY_SECONDS  # type: ignore[assignment]
     options: dict[str, Any] = {"host": settings.api_host, "port": settings.api_port, "log_config": None}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    asyncio.run(app.build_app(settings, partial(job, trap)).run(log_level=30, run_extra_options=options))
+    asyncio.run(app.build_app(settings, job).run(log_level=30, run_extra_options=options))
 
 
 def children_of(data_path: Path) -> list[Child]:

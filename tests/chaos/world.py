@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +24,11 @@ from tests.worker.bus import publish
 
 from . import nursery
 from .mixture import CORPUS, Size, make_inputs, mixture
-from .points import Stage, Trap
+from .points import TRAP, Stage, Trap
 from .watch import Watch, watching
 from .worker import STAGE, Child, children_of
 
-SESSION_SECONDS = 6
+PARTITIONS = 12
 GRACE_SECONDS = 8
 CHILD_GONE_SECONDS = 5.0
 """A child ends by itself so soon after its worker was killed."""
@@ -84,24 +84,12 @@ class Worker:
         self.frozen = False
 
 
-class World:
-    """Everything that can die, and what it works on."""
+class Base:
+    """The servers, the nursery and the inputs, which several worlds may share."""
 
-    def __init__(self, folder: Path, stack: NativeStack, size: Size, address: Path | None) -> None:
-        self.folder, self.stack, self._address = folder, stack, address
-        self.settings = Settings.model_validate(
-            {name.lower(): value for name, value in stack.env().items()}
-            | {"kafka_group_id": "chaos", "kafka_request_partitions": 12, "minio_bucket": "chaos"}
-        )
-        self.store: Store = open_store(self.settings)
-        self.requests = mixture(folder, size)
-        self.workers: list[Worker] = []
-        """All that ever lived."""
-        self.watch: Watch
+    def __init__(self, folder: Path, stack: NativeStack, size: Size, nursery: Path) -> None:
+        self.folder, self.stack, self.size, self.nursery = folder, stack, size, nursery
         self.locks = {"broker": asyncio.Lock(), "store": asyncio.Lock()}
-        self.asked: dict[str, str] = {}
-        """Job to the name of its request."""
-        self._lives: dict[int, int] = {}
 
     @property
     def servers(self) -> dict[str, Server]:
@@ -113,33 +101,75 @@ class World:
         """Where traps find the servers."""
         return self.folder / "pids"
 
-    @property
-    def living(self) -> list[Worker]:
-        """Workers that run."""
-        return [worker for worker in self.workers if worker.alive]
-
     def note_pids(self) -> None:
         """For the traps."""
         self.pids.mkdir(exist_ok=True)
         for name, server in self.servers.items():
             (self.pids / name).write_text(str(server.pid))
 
+    async def end_server(self, name: str, seconds: float) -> None:
+        """Kill a server and start it again after so long, on the same port and data."""
+        async with self.locks[name]:
+            server = self.servers[name]
+            await asyncio.to_thread(server.kill)
+            await asyncio.sleep(seconds)
+            await asyncio.to_thread(server.start)
+            self.note_pids()
+
+    def is_down(self, name: str) -> bool:
+        """Whether somebody else than `end_server` has killed the server."""
+        if self.locks[name].locked():
+            return False
+        try:
+            return psutil.Process(self.servers[name].pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    async def keep_servers(self) -> None:
+        """Start again whichever has been killed, for ever."""
+        while True:
+            for name in self.servers:
+                if self.is_down(name):
+                    await self.end_server(name, 0.3)
+            await asyncio.sleep(0.1)
+
+
+class World:
+    """Workers of one group, and what they work on."""
+
+    def __init__(self, base: Base, name: str, watch: Watch, settings: Settings) -> None:
+        self.base, self.folder, self.settings, self.watch = base, base.folder / name, settings, watch
+        self.store: Store = open_store(settings)
+        self.requests = mixture(base.folder, base.size)
+        self.workers: list[Worker] = []
+        """All that ever lived."""
+        self.asked: dict[str, str] = {}
+        """Job to the name of its request."""
+        self._lives: dict[int, int] = {}
+        self._traps = 0
+
+    @property
+    def living(self) -> list[Worker]:
+        """Workers that run."""
+        return [worker for worker in self.workers if worker.alive]
+
     def trap(self, point: str, side: str, victim: str) -> Trap:
         """One that has not sprung."""
         marks = self.folder / "marks"
         marks.mkdir(exist_ok=True)
-        mark = marks / f"{len(self.workers):04d}-{point}-{side}-{victim}"
-        return Trap(point, side, victim, mark, self.pids)
+        self._traps += 1
+        return Trap(point, side, victim, marks / f"{self._traps:04d}-{point}-{side}-{victim}", self.base.pids)
 
     def start_worker(self, slot: int, trap: Trap | None = None, *, cold: bool = False) -> Worker:
         """The next life of a slot; `cold`: its children are spawned as in production."""
         self._lives[slot] = life = self._lives.get(slot, 0) + 1
         name, data_path = f"w{slot}.{life}", self.folder / "data" / f"w{slot}"
-        environment = child_environment() | self.stack.env() | (trap.environment if trap else {})
+        environment = child_environment() | self.base.stack.env()
         environment |= {
+            "KAFKA_TOPIC_PREFIX": self.settings.kafka_topic_prefix,
             "KAFKA_GROUP_ID": self.settings.kafka_group_id,
             "KAFKA_REQUEST_PARTITIONS": str(self.settings.kafka_request_partitions),
-            "KAFKA_SESSION_TIMEOUT_MS": str(SESSION_SECONDS * 1000),
+            "KAFKA_SESSION_TIMEOUT_MS": str(self.base.size.session_seconds * 1000),
             "MINIO_BUCKET": self.settings.minio_bucket,
             "DATA_PATH": str(data_path),
             "API_HOST": "127.0.0.1",
@@ -149,10 +179,13 @@ class World:
             "CHECKPOINT_SECONDS": "0.5",
             "GRACE_SECONDS": str(GRACE_SECONDS),
             "WORKER_ID": name,
-            "LOCAL_MODEL_FOLDERS": f'["{self.folder}"]',
+            "LOCAL_MODEL_FOLDERS": f'["{self.base.folder}"]',
         }
-        if self._address is not None and not cold:
-            environment[nursery.ADDRESS] = str(self._address)
+        if not cold:
+            environment[nursery.ADDRESS] = str(self.base.nursery)
+        (data_path / TRAP).unlink(missing_ok=True)
+        if trap is not None:
+            trap.set(data_path)
         log = self.folder / "logs" / f"{name}.log"
         log.parent.mkdir(exist_ok=True)
         with log.open("ab") as file:
@@ -186,27 +219,9 @@ class World:
         """Publish a request; waits for a broker that is away."""
         request = TrainRequested.model_validate(self.requests[kind] | {"job_id": job_id})
         record = record_for(request, source="/chaos", topics=self.settings.topics).as_dict()
-        async with self.locks["broker"]:
+        async with self.base.locks["broker"]:
             await publish(self.settings, record)
         self.asked[job_id] = kind
-
-    async def end_server(self, name: str, seconds: float) -> None:
-        """Kill a server and start it again after so long, on the same port and data."""
-        async with self.locks[name]:
-            server = self.servers[name]
-            await asyncio.to_thread(server.kill)
-            await asyncio.sleep(seconds)
-            await asyncio.to_thread(server.start)
-            self.note_pids()
-
-    def is_down(self, name: str) -> bool:
-        """Whether somebody else than `end_server` has killed the server."""
-        if self.locks[name].locked():
-            return False
-        try:
-            return psutil.Process(self.servers[name].pid).status() == psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return True
 
     def end_all(self) -> None:
         """Kill every worker that is left."""
@@ -217,7 +232,7 @@ class World:
 
 def child_environment() -> dict[str, str]:
     """Of workers and their children: offline, and one thread each."""
-    threads = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("KAFKA_", "MINIO_", "CHAOS_"))}
     return kept | threads | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
 
@@ -250,23 +265,38 @@ async def until_async(true: Callable[[], Awaitable[bool]], seconds: float) -> No
 
 
 @asynccontextmanager
-async def a_world(folder: Path, size: Size) -> AsyncIterator[World]:
-    """Servers with a corpus, and no worker yet; everything is ended with the block, and `folder` stays."""
-    folder.mkdir(parents=True, exist_ok=True)
-    async with AsyncExitStack() as held:
-        warm = nursery.nursery(folder, child_environment())
-        stack = native_stack()
-        servers = await asyncio.to_thread(stack.__enter__)
-        held.push(lambda *error: stack.__exit__(*error))
-        address = await asyncio.to_thread(warm.__enter__)
-        held.push(lambda *error: warm.__exit__(*error))
-        world = World(folder, servers, size, address)
-        held.callback(world.end_all)
-        held.callback(world.store.close)
+async def a_base(folder: Path, size: Size) -> AsyncIterator[Base]:
+    """Servers, ended with the block; `folder` stays."""
+    await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
+    with ExitStack() as held:
+        stack = await asyncio.to_thread(held.enter_context, native_stack())
+        address = await asyncio.to_thread(held.enter_context, nursery.nursery(folder, child_environment()))
+        base = Base(folder, stack, size, address)
+        base.note_pids()
         await asyncio.to_thread(make_inputs, folder, size)
-        world.note_pids()
+        yield base
+
+
+@asynccontextmanager
+async def a_world(base: Base, name: str = "chaos") -> AsyncIterator[World]:
+    """Topics, a bucket with a corpus, and no worker yet; workers are ended with the block."""
+    settings = Settings.model_validate(
+        {name.lower(): value for name, value in base.stack.env().items()}
+        | {
+            "kafka_group_id": name,
+            "kafka_topic_prefix": f"{name}.",
+            "kafka_request_partitions": PARTITIONS,
+            "minio_bucket": name,
+        }
+    )
+    await kafka.ensure_topics(settings)
+    async with watching(settings) as watch:
+        world = World(base, name, watch, settings)
+        await asyncio.to_thread(world.folder.mkdir)
         await asyncio.to_thread(world.store.ensure)
-        await asyncio.to_thread(put_corpus, world.store, CORPUS, folder / CORPUS)
-        await kafka.ensure_topics(world.settings)
-        world.watch = await held.enter_async_context(watching(world.settings))
-        yield world
+        await asyncio.to_thread(put_corpus, world.store, CORPUS, base.folder / CORPUS)
+        try:
+            yield world
+        finally:
+            world.end_all()
+            world.store.close()
