@@ -1,6 +1,5 @@
 """Worlds to die in: one with workers that stand ready for traps, and the folder where logs of a failure stay."""
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,10 +14,7 @@ from .world import Base, World, a_base, a_world
 async def base(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Base]:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     async with a_base(tmp_path_factory.mktemp("chaos"), SIZES["short"]) as base:
-        keeping = asyncio.create_task(base.keep_servers())
         yield base
-        keeping.cancel()
-        await asyncio.gather(keeping, return_exceptions=True)
 
 
 @asynccontextmanager

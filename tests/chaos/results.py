@@ -1,4 +1,4 @@
-"""What of a result must be the same however often its job has died: a digest for each file, without times and places."""
+"""What of a result must be the same however often its job died: a digest for each file, without times and places."""
 
 import hashlib
 import io

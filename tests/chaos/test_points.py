@@ -5,7 +5,6 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from .checker import Checker
 from .conftest import lane
 from .points import CHILD_POINTS, SIDES, WORKER_POINTS
 from .results import digests
-from .world import Base, World, until
+from .world import Base, World, a_base, until
 
 TIMES = int(os.environ.get("CHAOS_TIMES", "1"))
 LANES = 2
@@ -67,7 +66,7 @@ async def die(world: World, case: tuple[str, str, str], job: str) -> Died:
             world.start_worker(1)
         await world.watch.ended({job}, 90)
     except TimeoutError:
-        worker.kill()
+        world.end_all()
         world.start_worker(1)
     return Died(trap.sprung, job in world.watch.ends, world.living[0].log)
 
@@ -79,23 +78,34 @@ async def run_lane(base: Base, number: int, cases: list[tuple[tuple[str, str, st
         (done,) = world.watch.ends["undisturbed"]
         assert isinstance(done, TrainCompleted), done
         died = {job: await die(world, case, job) for case, job in cases}
-        for _ in range(2):  # the second one clears away what the dead have left
-            assert await world.stop(world.living[0]) == 0
-            if not _:
-                await world.ready(world.start_worker(1))
+        await world.stop(world.living[0])
+        await world.ready(world.start_worker(1))  # clears away what the dead have left
+        await world.stop(world.living[0])
         checked = await Checker(world, {KIND: digests(world.store, done)}).check()
         return Deaths(died, checked.violations)
 
 
+async def run_server_lane(base: Base, number: int, cases: list[tuple[tuple[str, str, str], str]]) -> Deaths:
+    """The same with servers of its own, which die."""
+    folder = base.folder / f"servers-{number}"
+    async with a_base(folder, base.size, base.nursery) as own, own.kept():
+        return await run_lane(own, number, cases)
+
+
 @pytest.fixture(scope="session")
-async def deaths(base: Base, request: pytest.FixtureRequest) -> AsyncIterator[Deaths]:
+async def deaths(base: Base, request: pytest.FixtureRequest) -> Deaths:
     """All that this session asks for, in lanes side by side: each waits most of the time."""
     wanted = {item.name.partition("[")[2].rstrip("]") for item in request.session.items}
     all_cases = [(case, name_of(case, time)) for time in range(TIMES) for case in CASES]
     cases = [(case, job) for case, job in all_cases if job in wanted]
-    lanes = await asyncio.gather(*(run_lane(base, number, cases[number::LANES]) for number in range(LANES)))
+    servers = [one for one in cases if one[0][2] not in ("worker", "child")]
+    others = [one for one in cases if one not in servers]
+    lanes = await asyncio.gather(
+        *(run_lane(base, number, others[number::LANES]) for number in range(LANES)),
+        *(run_server_lane(base, number, servers[number::LANES]) for number in range(LANES)),
+    )
     died = {job: one for each in lanes for job, one in each.jobs.items()}
-    yield Deaths(died, [one for each in lanes for one in each.violations])
+    return Deaths(died, [one for each in lanes for one in each.violations])
 
 
 @pytest.mark.timeout(600 * TIMES)
@@ -104,7 +114,7 @@ async def test_a_job_that_dies_at_a_point_ends_once_with_exact_files(deaths: Dea
     died = deaths.jobs[job]
     assert died.sprung, f"nothing died: {died.log}"
     assert died.ended, f"it has not ended: {died.log}"
-    assert [one for one in deaths.violations if one.startswith(f"{job} ") or one.startswith(f"{job}:")] == []
+    assert [one for one in deaths.violations if one.startswith((f"{job} ", f"{job}:"))] == []
 
 
 @pytest.mark.timeout(600 * TIMES)

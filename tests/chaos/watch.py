@@ -1,6 +1,7 @@
 """Follows the topics while everything dies: which job is where by now, and which jobs have ended."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
 
 RETRY_SECONDS = 0.5
+SILENT_SECONDS = 8.0
+"""A reader that has read nothing for so long is replaced: one that loses its broker while it begins may never wake."""
 
 
 @dataclass
@@ -96,8 +99,10 @@ async def _follow(settings: Settings, watch: Watch) -> None:
         try:
             async with kafka.started(kafka.reader(settings)) as consumer:
                 consumer.subscribe([topics.progress, topics.completed, topics.failed, topics.cancelled])
-                while True:
+                silent_since = time.monotonic()
+                while time.monotonic() - silent_since < SILENT_SECONDS:
                     for records in (await consumer.getmany(timeout_ms=1000)).values():
+                        silent_since = time.monotonic()
                         for record in records:
                             await watch.take(record)
         except (KafkaError, OSError):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from aiokafka.errors import KafkaError
 
 from mistudio_schemas import TrainRequested, record_for
 from mistudio_stack import NativeStack, Server, native_stack
@@ -20,7 +21,7 @@ from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
 from mistudio_train.worker.corpora import put_corpus
 from mistudio_train.worker.store import Store, open_store
-from tests.worker.bus import publish
+from tests.worker.bus import publish, reading
 
 from . import nursery
 from .mixture import CORPUS, Size, make_inputs, mixture
@@ -125,8 +126,17 @@ class Base:
         except psutil.NoSuchProcess:
             return True
 
-    async def keep_servers(self) -> None:
-        """Start again whichever has been killed, for ever."""
+    @asynccontextmanager
+    async def kept(self) -> AsyncIterator[None]:
+        """Until the block ends, a server that was killed is started again."""
+        keeping = asyncio.create_task(self._keep())
+        try:
+            yield
+        finally:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+
+    async def _keep(self) -> None:
         while True:
             for name in self.servers:
                 if self.is_down(name):
@@ -216,12 +226,21 @@ class World:
             return None
 
     async def ask(self, job_id: str, kind: str) -> None:
-        """Publish a request; waits for a broker that is away."""
+        """Publish a request, once; waits for a broker that is away."""
         request = TrainRequested.model_validate(self.requests[kind] | {"job_id": job_id})
         record = record_for(request, source="/chaos", topics=self.settings.topics).as_dict()
-        async with self.base.locks["broker"]:
-            await publish(self.settings, record)
         self.asked[job_id] = kind
+        while True:
+            try:
+                if not await self._is_asked(job_id):
+                    await publish(self.settings, record)
+                return
+            except (KafkaError, OSError):  # it may be there or not
+                await asyncio.sleep(0.5)
+
+    async def _is_asked(self, job_id: str) -> bool:
+        async with reading(self.settings, self.settings.topics.requested) as reader:
+            return any(record.key == job_id.encode() for record in await reader.drained())
 
     def end_all(self) -> None:
         """Kill every worker that is left."""
@@ -265,12 +284,13 @@ async def until_async(true: Callable[[], Awaitable[bool]], seconds: float) -> No
 
 
 @asynccontextmanager
-async def a_base(folder: Path, size: Size) -> AsyncIterator[Base]:
-    """Servers, ended with the block; `folder` stays."""
+async def a_base(folder: Path, size: Size, address: Path | None = None) -> AsyncIterator[Base]:
+    """Servers, ended with the block; `folder` stays. They may share another one's nursery."""
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
     with ExitStack() as held:
         stack = await asyncio.to_thread(held.enter_context, native_stack())
-        address = await asyncio.to_thread(held.enter_context, nursery.nursery(folder, child_environment()))
+        if address is None:
+            address = await asyncio.to_thread(held.enter_context, nursery.nursery(folder, child_environment()))
         base = Base(folder, stack, size, address)
         base.note_pids()
         await asyncio.to_thread(make_inputs, folder, size)
