@@ -1,7 +1,7 @@
 """A process that has imported torch and the training, and forks the workers' children: else each takes nine seconds.
 
-The child's code is the real one, and so are its pipes; instead of `spawn` it has multiprocessing's `forkserver`, one for
-all workers. It ends when the process that started it does.
+The child's code is the real one, and so are its pipes; instead of `spawn` it has multiprocessing's `forkserver`, one
+for all workers. It ends when the process that started it does.
 """
 
 import os

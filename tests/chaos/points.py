@@ -19,6 +19,8 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
+from mistudio_train.messages import Progress
+
 WORKER_POINTS = (
     "upload",  # of all artifacts
     "object",  # of one of them, in the midst of the others
@@ -36,7 +38,8 @@ CHILD_POINTS = ("checkpoint",)  # the rename that makes a file of a checkpoint w
 POINTS = WORKER_POINTS + CHILD_POINTS
 SIDES = ("before", "after")
 BETWEEN_MANIFEST_AND_READ_BACK = ("register", "begin", "send", "offsets", "commit", "answer")
-PASSINGS = {"object": 3, "checkpoint": 3}
+STAGES = ("attempt", *(point for point in WORKER_POINTS if point not in ("object", "checkpoint-upload")))
+PASSINGS = {"object": 3, "training": 3, "checkpoint": 3}
 """Which passing of a point kills, where it is not the first."""
 TRAP = "trap.json"
 """The file in a worker's folder that holds its trap."""
@@ -132,7 +135,7 @@ class Stage:
 
     def at(self, point: str, side: str) -> None:
         """Write it down."""
-        if point not in ("object", "checkpoint-upload"):
+        if point in STAGES:
             os.pwrite(self._file, f"{point}:{side}".ljust(32).encode(), 0)
 
     @staticmethod
@@ -165,6 +168,7 @@ def set_in_worker(trap: Passers) -> None:
     from mistudio_train.worker.s3_store import S3Store
 
     _wrap(attempt.Attempt, "run", trap, "attempt")
+    _wrap_phases(attempt.Attempt, trap)
     _wrap(attempt, "upload", trap, "upload")
     _wrap(attempt, "write_manifest", trap, "manifest")
     _wrap(S3Store, "put_file", trap, "object", lambda _store, key, *_, **__: "/checkpoints/" not in key)
@@ -178,6 +182,18 @@ def set_in_worker(trap: Passers) -> None:
     ):
         _wrap(AIOKafkaProducer, name, trap, point, lambda producer, *_, **__: producer._txn_manager is not None)
     _wrap_commit(AIOKafkaProducer, EndTxnHandler, trap)
+
+
+def _wrap_phases(attempt: Any, trap: Passers) -> None:
+    """Each word of the child's that tells of a phase is a point of that name."""
+    hear = attempt._hear
+
+    def new_hear(self: Any, message: Any) -> None:
+        hear(self, message)
+        if isinstance(message, Progress):
+            trap.at(message.phase, "after")
+
+    attempt._hear = new_hear
 
 
 def _wrap_commit(producer: Any, handler: Any, trap: Passers) -> None:

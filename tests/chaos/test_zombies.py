@@ -1,4 +1,4 @@
-"""A worker that is frozen until another one has its job, and then goes on as if nothing had been: it changes nothing."""
+"""A worker that is frozen until another one has its job, and then goes on as if nothing were: it changes nothing."""
 
 import pytest
 from aiokafka import ConsumerRecord
@@ -17,17 +17,12 @@ STOPPED = ("nothing more is written for it", "is no longer ours", "is another wo
 
 async def freeze(world: World, worker: Worker, when: str, job: str) -> None:
     """Until the worker stands still in the job."""
-    if ":" in when:
-        point, _, side = when.partition(":")
-        trap = world.trap(point, side, "frozen")
-        trap.set(worker.data_path)
-        await world.ask(job, KIND)
-        await until(lambda: trap.sprung, 90, f"the worker comes to {when}")
-        worker.frozen = True
-        return
+    point, _, side = when.partition(":")
+    trap = world.trap(point, side, "frozen")
+    trap.set(worker.data_path)
     await world.ask(job, KIND)
-    await world.watch.until(job, when)
-    worker.freeze()
+    await until(lambda: trap.sprung, 90, f"the worker comes to {when}")
+    worker.frozen = True
 
 
 async def records_of(world: World, job: str) -> list[ConsumerRecord]:
@@ -37,7 +32,9 @@ async def records_of(world: World, job: str) -> list[ConsumerRecord]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("when", ["extracting", "training", "object:before", "manifest:before", "send:after"])
+@pytest.mark.parametrize(
+    "when", ["extracting:after", "training:after", "object:before", "manifest:before", "send:after"]
+)
 async def test_a_zombie_writes_nothing_that_anybody_can_reach(base: Base, when: str) -> None:
     name = when.replace(":", "-")
     async with lane(base, f"zombie-{name}") as world:

@@ -1,17 +1,19 @@
 """Follows the topics while everything dies: which job is where by now, and which jobs have ended."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from aiokafka import ConsumerRecord
-from aiokafka.errors import KafkaError
 
 from mistudio_schemas import TrainCancelled, TrainCompleted, TrainFailed, TrainProgress, parse_event
 from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
+
+logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
 SILENT_SECONDS = 8.0
@@ -40,19 +42,6 @@ class Watch:
         """Until all of these have ended."""
         async with asyncio.timeout(seconds), self._moved:
             await self._moved.wait_for(lambda: jobs <= set(self.ends))
-
-    async def until(self, job: str, *phases: str, seconds: float = 120) -> TrainProgress:
-        """Until the job is in one of these phases."""
-
-        def there() -> TrainProgress | None:
-            said = self.progress.get(job)
-            return said[-1] if said and said[-1].phase in phases else None
-
-        async with asyncio.timeout(seconds), self._moved:
-            await self._moved.wait_for(lambda: there() is not None)
-            found = there()
-            assert found is not None  # nobody else has run meanwhile
-            return found
 
     async def attempt_beyond(self, job: str, attempt: int, seconds: float = 120) -> TrainProgress:
         """Until another attempt than this one has spoken, or ended the job."""
@@ -105,5 +94,6 @@ async def _follow(settings: Settings, watch: Watch) -> None:
                         silent_since = time.monotonic()
                         for record in records:
                             await watch.take(record)
-        except (KafkaError, OSError):
+        except Exception as error:  # a reader whose broker dies may fail in many ways
+            logger.info("the watch begins again: %r", error)
             await asyncio.sleep(RETRY_SECONDS)
