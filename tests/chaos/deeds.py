@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import psutil
 
 from . import points
-from .world import CHILD_GONE_SECONDS, Child, Worker, World, until
+from .worker import Child
+from .world import CHILD_GONE_SECONDS, Worker, World, until
 
 TRAPPED = 0.3
 """Share of workers that begin with a trap at a named point."""

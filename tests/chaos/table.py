@@ -3,6 +3,7 @@
 import re
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -89,8 +90,8 @@ def _step(event: TrainProgress) -> int:
     return event.step or 0
 
 
-def _counted(names: "Counter[str] | object") -> str:
-    counts = Counter(names)  # type: ignore[call-overload]
+def _counted(names: Iterable[str]) -> str:
+    counts = Counter(names)
     return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "none"
 
 

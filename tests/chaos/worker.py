@@ -89,7 +89,7 @@ def main() -> None:
     settings.data_path.mkdir(parents=True, exist_ok=True)
     stage = points.Stage(settings.data_path / STAGE)
     points.set_in_worker(points.Passers(stage, points.Trapper(settings.data_path)))
-    supervisor.BACKOFF_SECONDS = RETRY_SECONDS  # type: ignore[assignment]
+    vars(supervisor)["BACKOFF_SECONDS"] = RETRY_SECONDS
     options: dict[str, Any] = {"host": settings.api_host, "port": settings.api_port, "log_config": None}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     asyncio.run(app.build_app(settings, job).run(log_level=30, run_extra_options=options))
