@@ -17,7 +17,7 @@ from .mixture import SIZES
 from .results import digests
 from .world import World, a_base, a_world
 
-OUTSTANDING = 5
+OUTSTANDING = 6
 """Jobs that wait or run at any time."""
 END_SECONDS = 300.0
 """In which all jobs end when nothing dies any more."""
@@ -38,6 +38,8 @@ class Plan:
     seconds: float = 0.0
     """At least so long."""
     at_most_seconds: float = float("inf")
+    kills_a_job: int = 6
+    """After so many kills without a job's end there is a pause until one ends: on a slow machine none would else."""
     slots: int = 3
     restart_seconds: float = 2.0
     cold: float = 0.0
@@ -90,7 +92,7 @@ async def _disturbed(world: World, plan: Plan, say: Callable[[str], None]) -> De
     deeds = Deeds(world, rng, plan.slots, plan.restart_seconds, plan.cold)
     deeds.begin_keeping()
     asking = asyncio.create_task(_keep_asking(world, random.Random(plan.seed)))
-    said = 0
+    said, last_end = 0, (0, 0)
     try:
         while True:
             elapsed, jobs = time.monotonic() - began, len(world.asked)
@@ -100,7 +102,11 @@ async def _disturbed(world: World, plan: Plan, say: Callable[[str], None]) -> De
             if deeds.kills >= said + 20:
                 said = deeds.kills
                 say(f"{elapsed:.0f} s: {said} kills, {len(world.watch.ends)} of {jobs} jobs have ended")
-            await deeds.do()
+            ended = len(world.watch.ends)
+            if ended > last_end[0]:
+                last_end = ended, deeds.kills
+            if deeds.kills - last_end[1] < plan.kills_a_job:
+                await deeds.do()
             await asyncio.sleep(rng.uniform(*plan.pause))
             if asking.done():
                 await asking

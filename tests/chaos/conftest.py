@@ -1,6 +1,5 @@
 """Worlds to die in: one with workers that stand ready for traps, and the folder where logs of a failure stay."""
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -12,7 +11,6 @@ from .world import Base, World, a_base, a_world
 
 @pytest.fixture(scope="session")
 async def base(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Base]:
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     async with a_base(tmp_path_factory.mktemp("chaos"), SIZES["short"]) as base:
         yield base
 

@@ -19,7 +19,7 @@ from .world import CHILD_GONE_SECONDS, Worker, World, until
 
 TRAPPED = 0.3
 """Share of workers that begin with a trap at a named point."""
-TRAP_VICTIMS = ("worker", "worker", "worker", "broker", "broker-soon")
+TRAP_VICTIMS = (*["worker"] * 5, "broker", "broker-soon")
 TAKEN_OVER_SECONDS = 20.0
 """Within this long another worker takes over what a frozen one had; else it just goes on."""
 KILLS = ("worker", "child", "both", "broker", "store")
@@ -112,13 +112,13 @@ class Deeds:
     async def do(self) -> None:
         """One of them, if it can be done now."""
         kinds: dict[str, tuple[int, Callable[[], Awaitable[None]]]] = {
-            "worker": (6, self._kill_worker),
-            "child": (5, self._kill_child),
+            "worker": (5, self._kill_worker),
+            "child": (6, self._kill_child),
             "both": (2, self._kill_both),
-            "broker": (2, lambda: self._kill_server("broker")),
-            "store": (2, lambda: self._kill_server("store")),
-            "freeze": (2, self._freeze),
-            "term": (2, self._terminate),
+            "broker": (1, lambda: self._kill_server("broker")),
+            "store": (1, lambda: self._kill_server("store")),
+            "freeze": (1, self._freeze),
+            "term": (1, self._terminate),
             "join": (1, self._join),
         }
         weights = [weight for weight, _ in kinds.values()]
@@ -128,7 +128,12 @@ class Deeds:
     def _spawn(self, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._over)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.violations.append(f"a defect of the harness: {error!r}")
 
     def _victim(self, *, with_child: bool = False) -> Worker | None:
         there = [one for one in self._world.living if not one.frozen and one.ended_by is None and one.ready]

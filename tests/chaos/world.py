@@ -1,6 +1,7 @@
 """Real servers, real workers, each a process that can be killed: started, found and ended here. Decides nothing."""
 
 import asyncio
+import logging
 import os
 import signal
 import subprocess
@@ -108,11 +109,10 @@ class Base:
         """Where traps find the servers."""
         return self.folder / "pids"
 
-    def note_pids(self) -> None:
+    def note_pid(self, name: str) -> None:
         """For the traps."""
         self.pids.mkdir(exist_ok=True)
-        for name, server in self.servers.items():
-            (self.pids / name).write_text(str(server.pid))
+        (self.pids / name).write_text(str(self.servers[name].pid))
 
     async def end_server(self, name: str, seconds: float) -> None:
         """Kill a server and start it again after so long, on the same port and data."""
@@ -121,7 +121,7 @@ class Base:
             await asyncio.to_thread(server.kill)
             await asyncio.sleep(seconds)
             await asyncio.to_thread(server.start)
-            self.note_pids()
+            self.note_pid(name)
 
     def is_down(self, name: str) -> bool:
         """Whether somebody else than `end_server` has killed the server."""
@@ -294,13 +294,15 @@ async def until_async(true: Callable[[], Awaitable[bool]], seconds: float) -> No
 @asynccontextmanager
 async def a_base(folder: Path, size: Size, address: Path | None = None) -> AsyncIterator[Base]:
     """Servers, ended with the block; `folder` stays. They may share another one's nursery."""
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # of a broker that is away, ten lines a second
     await asyncio.to_thread(folder.mkdir, parents=True, exist_ok=True)
     with ExitStack() as held:
         stack = await asyncio.to_thread(held.enter_context, native_stack())
         if address is None:
             address = await asyncio.to_thread(held.enter_context, nursery.nursery(folder, child_environment()))
         base = Base(folder, stack, size, address)
-        base.note_pids()
+        for name in base.servers:
+            base.note_pid(name)
         await asyncio.to_thread(make_inputs, folder, size)
         yield base
 
