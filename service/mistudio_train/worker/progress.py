@@ -55,6 +55,11 @@ class ProgressFeed:
         if self._speaking is None or self._speaking.done():
             self._speaking = asyncio.create_task(self._speak())
 
+    async def answer(self, **changes: Any) -> None:
+        """Something has changed because somebody asked for it: it is published now, however little time has passed."""
+        self._state |= changes
+        await self._publish_current()
+
     def begin_again(self, attempt: int) -> None:
         """A new attempt: what the former one's child has said is not true of it."""
         self._state = self._first | {"attempt": attempt, "unknown_fields": []}
@@ -92,11 +97,14 @@ class ProgressFeed:
             loop = asyncio.get_running_loop()
             await asyncio.sleep(max(0.0, self._sent_at + MIN_INTERVAL - loop.time()))
             self._sent_at, self._unsaid = loop.time(), False
-            event = self.current
-            self._state["unknown_fields"] = []  # named once, in the first event
-            self._published = False
-            try:
-                await self._publish(event)
-                self._published = True
-            except Exception as error:
-                logger.warning("progress of %s was not published: %s", event.job_id, type(error).__name__)
+            await self._publish_current()
+
+    async def _publish_current(self) -> None:
+        event = self.current
+        self._state["unknown_fields"] = []  # named once, in the first event
+        self._published = False
+        try:
+            await self._publish(event)
+            self._published = True
+        except Exception as error:
+            logger.warning("progress of %s was not published: %s", event.job_id, type(error).__name__)

@@ -128,7 +128,7 @@ class Supervisor:
         try:
             intake = reading.read(message, self._settings.limits)
         except NotARequest as reason:
-            return await self._dead_letter(delivery, message, reason, look_first=committed is None)
+            return await self._dead_letter(delivery, message, reason, committed)
         found = await self._find(message, intake)
         if found is None or found.record.state == "running":
             return await self._run(delivery, await self._claim(message, intake), message, intake, orders)
@@ -145,14 +145,16 @@ class Supervisor:
         return await self._run(delivery, await self._claim(message, intake), message, intake, orders)
 
     async def _dead_letter(
-        self, delivery: Delivery, message: Message, reason: NotARequest, *, look_first: bool
+        self, delivery: Delivery, message: Message, reason: NotARequest, committed: int | None
     ) -> None:
-        logger.warning("%s is no request (%s); it goes to the dead letters", message.place, reason)
-        self._metrics.dead_letters.inc()
         letter = dead_letter(message, reason, self._settings)
         place = await delivery.place(letter)
-        # of a group without offsets nobody knows what it has dead-lettered; the topic does
-        await delivery.finish(letter, replace(place, end_offset=0) if look_first else place, look_first=look_first)
+        if committed is None and await delivery.is_published(letter, replace(place, end_offset=0)):
+            logger.info("%s is a dead letter already; it is passed", message.place)
+            return await delivery.skip()
+        logger.warning("%s is no request (%s); it goes to the dead letters", message.place, reason)
+        await delivery.finish(letter, place)
+        self._metrics.dead_letters.inc()
 
     async def _find(self, message: Message, intake: Intake) -> Claim | None:
         identity = MessageId.of(message, self._settings.kafka_group_id)
@@ -271,17 +273,23 @@ class Supervisor:
 
     async def _heed(self, running: Running) -> None:
         """Obey the controls that are for this run: those that an earlier attempt has noted, and those sent since."""
-        for control in await self._controls_for(running):
-            who = control.requested_by or "somebody"
-            if control.action == "cancel":
-                running.feed.say(status="cancelling", message=f"{who} has cancelled the job")
-            else:
-                running.feed.say(message=f"{who} wants what there is: training stops")
-            obey = partial(self._register.obey, running.claim, control.obeyed)
-            running.claim = await self._patiently(obey)
-            logger.info("job %s run %d: %s by %s", control.job_id, running.claim.record.run, control.action, who)
-        for done in running.claim.record.controls:
-            running.orders.give(done.action)
+        async with running.heeding:
+            for control in await self._controls_for(running):
+                if running not in self._running:
+                    return  # it has come to its end meanwhile
+                await self._answer(running, control)
+                obey = partial(self._register.obey, running.claim, control.obeyed)
+                running.claim = await self._patiently(obey)
+            for done in running.claim.record.controls:
+                running.orders.give(done.action)
+
+    async def _answer(self, running: Running, control: Control) -> None:
+        who = control.requested_by or "somebody"
+        logger.info("job %s run %d: %s by %s", control.job_id, running.claim.record.run, control.action, who)
+        if control.action == "cancel":
+            await running.feed.answer(status="cancelling", message=f"{who} has cancelled the job")
+        else:
+            await running.feed.answer(message=f"{who} wants what there is: training stops")
 
     async def _controls_for(self, running: Running) -> list[Control]:
         """Those that the run has not obeyed yet."""
