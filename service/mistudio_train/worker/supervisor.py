@@ -151,7 +151,8 @@ class Supervisor:
         place = await delivery.place(letter)
         if committed is None and await delivery.is_published(letter, replace(place, end_offset=0)):
             logger.info("%s is a dead letter already; it is passed", message.place)
-            return await delivery.skip()
+            await delivery.skip()
+            return
         logger.warning("%s is no request (%s); it goes to the dead letters", message.place, reason)
         await delivery.finish(letter, place)
         self._metrics.dead_letters.inc()
