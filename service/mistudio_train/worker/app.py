@@ -2,10 +2,9 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import KafkaError
 from faststream import AckPolicy
 from faststream.asgi import AsgiFastStream
@@ -20,10 +19,12 @@ from mistudio_train.gpu import list_gpus
 from mistudio_train.settings import Settings
 
 from . import http, kafka
+from .assignor import BusyAwareAssignor
 from .backoff import backoff
 from .child_main import Job, train
 from .devices import Devices
 from .metrics import Metrics
+from .nudge import Nudge
 from .records import read_any_header_name
 from .slots import Slot
 from .store import Store, open_store
@@ -42,8 +43,16 @@ NO_POLL_LIMIT_MS = 2**31 - 1
 """A job may take days; that it moves is watched by its silence, not by the poll interval."""
 
 
-def build_app(settings: Settings, job: Job = train) -> AsgiFastStream:
-    """The worker's application, whose children do `job`. Nothing is connected before it starts."""
+def build_app(
+    settings: Settings, job: Job = train, assignor: Callable[[Slot], Any] = BusyAwareAssignor
+) -> AsgiFastStream:
+    """The worker's application. Nothing is connected before it starts.
+
+    Args:
+        job: what its children do.
+        assignor: makes a slot's; with one of aiokafka's, nobody nudges.
+
+    """
     read_any_header_name()
     store, metrics, ready = open_store(settings), Metrics(), asyncio.Event()
     broker = _broker(settings)
@@ -55,20 +64,25 @@ def build_app(settings: Settings, job: Job = train) -> AsgiFastStream:
         await broker.publish(record.value, record.topic, key=record.key, headers=headers)
 
     supervisor = Supervisor(settings, store, devices, metrics, publish_progress, job)
-    slots = [Slot(number, supervisor, ready) for number in range(settings.max_concurrent_jobs)]
-    for slot in slots:
-        _subscribe(broker, slot, settings)
+    slots = [Slot(number, supervisor, metrics, ready) for number in range(settings.max_concurrent_jobs)]
+    nudges = [_subscribe(broker, slot, settings, metrics, assignor(slot)) for slot in slots]
     _describe_outputs(broker, settings)
 
     async def prepare() -> None:
         await prepare_outside(settings, store)
         await asyncio.to_thread(remove_abandoned, settings.workspaces)
 
+    watching: list[asyncio.Task[None]] = []
+
     async def stop_jobs() -> None:
+        for watch in watching:
+            watch.cancel()
+        await asyncio.gather(*watching, return_exceptions=True)
         await asyncio.gather(*(slot.stop() for slot in slots))
 
     async def begin() -> None:
         ready.set()
+        watching.extend(asyncio.create_task(nudge.watch()) for nudge in nudges if nudge)
         logger.info("ready: %s reads %s", settings.worker_id, settings.topics.requested)
 
     return AsgiFastStream(
@@ -116,7 +130,7 @@ def _broker(settings: Settings) -> KafkaBroker:
     )
 
 
-def _subscribe(broker: KafkaBroker, slot: Slot, settings: Settings) -> None:
+def _subscribe(broker: KafkaBroker, slot: Slot, settings: Settings, metrics: Metrics, assignor: Any) -> Nudge | None:
     """Give the slot a group member of its own. Bytes reach it as they are: what they mean, `intake` decides."""
     subscriber = broker.subscriber(
         settings.topics.requested,
@@ -129,7 +143,7 @@ def _subscribe(broker: KafkaBroker, slot: Slot, settings: Settings) -> None:
         session_timeout_ms=settings.kafka_session_timeout_ms,
         heartbeat_interval_ms=min(HEARTBEAT_MS, settings.kafka_session_timeout_ms // 3),
         max_partition_fetch_bytes=kafka.MAX_MESSAGE_BYTES,
-        partition_assignment_strategy=[RoundRobinPartitionAssignor],
+        partition_assignment_strategy=[assignor],
         listener=slot,
         parser=_raw_message,
         decoder=_raw_value,
@@ -141,6 +155,10 @@ def _subscribe(broker: KafkaBroker, slot: Slot, settings: Settings) -> None:
     async def on_message(body: Any, message: KafkaMessage) -> None:
         consumer: Any = subscriber.consumer
         await slot.on_message(message.raw_message, consumer)
+
+    if not isinstance(assignor, BusyAwareAssignor):
+        return None
+    return Nudge(slot, assignor, lambda: subscriber.consumer, metrics)
 
 
 async def _raw_message(record: Any, original: Any = None) -> KafkaMessage:
