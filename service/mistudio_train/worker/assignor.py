@@ -2,7 +2,7 @@
 
 It goes by Kafka's name "roundrobin" and is one: any leader's answer is as good as any other's for what the others do
 with it. So it stands beside stock members and older workers, whose round robin may then stop jobs, but loses none.
-(Two strategies side by side would say the same; aiokafka 0.14 joins once a strategy, and such a group never settles.)
+(Two strategies side by side would do so too, but aiokafka 0.14 joins once for each: every rebalance is then two.)
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
