@@ -285,9 +285,7 @@ def machine() -> str:
 
 def show(measured: list[Measured], seconds: float, console: Console) -> None:
     """The table that the documentation quotes."""
-    table = Table(
-        "placement", "assignor", "one job", "makespan", "perfect", "ratio", "jobs by worker", "deepest partition"
-    )
+    table = Table("placement", "assignor", "one job", "makespan", "perfect", "ratio", "by worker", "deepest")
     for name in ("stopped", "rebalances", "nudges"):
         table.add_column(name)
     for column in table.columns[2:]:
@@ -341,7 +339,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--case", action="append", choices=[case.name for case in CASES], help="only this one")
     parser.add_argument("--to", type=Path, default=RESULTS, help="JSON file of the figures")
     options = parser.parse_args(arguments)
-    console = Console(width=120, highlight=False)
+    console = Console(width=126, highlight=False)
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # new topics have no leader yet
     measured = asyncio.run(measure_all(options.case or [], options.seconds, console))
     show(measured, options.seconds, console)
