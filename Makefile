@@ -22,7 +22,7 @@ CREATE = "$(PYTHON)" -m venv $(VENV)
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
-.PHONY: help demo test test-containers check stack stack-down up down schemas
+.PHONY: help demo test test-containers bench-queue check stack stack-down up down schemas
 
 help: ## What there is
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -56,6 +56,9 @@ down: ## End them; their data stays
 
 schemas: $(DEMO) ## Write the contract's JSON Schemas
 	$(BIN)/python -m mistudio_schemas schemas/json
+
+bench-queue: $(DEV) ## Run benchmarks/job_queue.py (as queue.py it would hide the standard library's module)
+	$(BIN)/python -m benchmarks.job_queue
 
 bench-%: $(DEV) ## Run benchmarks/%.py
 	$(BIN)/python benchmarks/$*.py

@@ -6,11 +6,11 @@ the progress topic are given.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from functools import partial
 from traceback import format_exception
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
@@ -49,8 +49,8 @@ class Supervisor:
     """Takes messages, one at a time a slot, to their ends.
 
     Args:
-        controls: what jobs are told from outside; `on_control` wants to hear of each.
         publish_progress: sends a progress event.
+        speaks_for: whether it is this worker, of all, that speaks for a job that none has begun.
         job: what a child does.
 
     """
@@ -61,13 +61,15 @@ class Supervisor:
         store: Store,
         devices: Devices,
         metrics: Metrics,
-        controls: Controls,
         publish_progress: Callable[[TrainProgress], Awaitable[None]],
+        speaks_for: Callable[[str], bool],
         job: Job = train,
     ) -> None:
         self._settings, self._store, self._devices, self._metrics = settings, store, devices, metrics
-        self._register, self._controls = Register(store), controls
-        self._publish_progress, self._job = publish_progress, job
+        self._register = Register(store)
+        self._publish_progress, self._speaks_for, self._job = publish_progress, speaks_for, job
+        self.controls = Controls(settings, self._on_control)
+        """What jobs are told from outside; to be followed while the worker runs."""
         self._running: set[Running] = set()
         self._heeding: set[asyncio.Task[None]] = set()
 
@@ -80,7 +82,7 @@ class Supervisor:
                     logger.info("%s is another worker's now", message.place)
                     return
                 try:
-                    await orders.interruptible(self._controls.caught_up())
+                    await orders.interruptible(self.controls.caught_up())
                     async with Delivery(self._settings, group, source, message.offset) as delivery:
                         await self._deliver(delivery, message, orders)
                         return
@@ -97,16 +99,17 @@ class Supervisor:
         except Interrupted:
             logger.info("%s is given back: this worker leaves", message.place)
 
-    def on_control(self, control: Control) -> bool:
-        """Obey a control at once if it is for a run of this worker's; whether any run of the job is."""
+    def _on_control(self, control: Control) -> None:
         runs = [running for running in self._running if running.intake.job_id == control.job_id]
-        for running in runs:
-            task = asyncio.create_task(self._heed_now(running))
+        heeding: list[Coroutine[Any, Any, None]] = [self._heed_now(running) for running in runs]
+        if not runs and self._speaks_for(control.job_id):
+            heeding.append(self._answer_for_queued(control))
+        for one in heeding:
+            task = asyncio.create_task(one)
             self._heeding.add(task)
             task.add_done_callback(self._heeding.discard)
-        return bool(runs)
 
-    async def acknowledge_queued(self, control: Control) -> None:
+    async def _answer_for_queued(self, control: Control) -> None:
         """Say of a job that no worker has ever taken that it is to be cancelled; whoever gets it will see to it."""
         try:
             if control.action != "cancel" or await asyncio.to_thread(self._has_begun, control.job_id):
@@ -294,7 +297,7 @@ class Supervisor:
 
     async def _controls_for(self, running: Running) -> list[Control]:
         """Those that the run has not obeyed yet."""
-        controls = self._controls.of(running.intake.job_id)
+        controls = self.controls.of(running.intake.job_id)
         if not controls:
             return []
         record = running.claim.record
