@@ -8,6 +8,7 @@ import contextlib
 import errno
 import logging
 import shutil
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ logger = logging.getLogger(__name__)
 Patiently = Callable[[Callable[[], Any]], Awaitable[Any]]
 SAVING_PHASES = ("extracting", "training")
 """In which a child that is to leave has something to save; in the others the last checkpoint is as good."""
+LINGER_SECONDS = 5.0
+"""That an attempt which is over waits for its thread to leave the store."""
 CHILDS_SHARE_OF_GRACE = 0.6
 """Of a leaving worker's time; the rest is for storing what the child has saved."""
 
@@ -63,7 +66,7 @@ class Attempt:
         self._token = self._hub_token(running.intake)
         self._uploads: CheckpointUploads | None = None
         self._keeping: asyncio.Task[None] | None = None
-        self._over = False
+        self._over, self._storing = False, threading.Lock()
 
     async def run(self) -> TrainCompleted:
         """Do it.
@@ -82,6 +85,8 @@ class Attempt:
             raise
         finally:
             self._over = True
+            # nothing is to be stored after what comes next, which may be the removal of all that was stored
+            await asyncio.to_thread(self._storing.acquire, timeout=LINGER_SECONDS)
 
     async def _run(self) -> TrainCompleted:
         await asyncio.to_thread(shutil.rmtree, self._workspace / "output", ignore_errors=True)
@@ -185,9 +190,12 @@ class Attempt:
             share = CHILD_SHARE + (1 - CHILD_SHARE) * 0.9 * done / max(1, total)
             loop.call_soon_threadsafe(lambda: self._feed.say(progress=share))
 
-        output = self._workspace / "output"
-        artifacts = await self._patiently(lambda: upload(self._store, self._claim, output, on_progress))
-        manifest = await self._patiently(lambda: write_manifest(self._store, self._claim, artifacts))
+        def store() -> tuple[list[ArtifactRef], ArtifactRef]:
+            with self._storing:
+                artifacts = upload(self._store, self._claim, self._workspace / "output", on_progress)
+                return artifacts, write_manifest(self._store, self._claim, artifacts)
+
+        artifacts, manifest = await self._patiently(store)
         self._feed.say(phase="publishing", message="publishing the result")
         return artifacts, manifest
 

@@ -42,6 +42,8 @@ from .workspace import Workspace
 logger = logging.getLogger(__name__)
 
 GIVE_BACK_SECONDS = 5.0
+RUN_LOST_SECONDS = 5.0
+"""Until a run that another worker has taken may be taken back, if the partition is still ours then."""
 T = TypeVar("T")
 
 
@@ -86,8 +88,12 @@ class Supervisor:
                     async with Delivery(self._settings, group, source, message.offset) as delivery:
                         await self._deliver(delivery, message, orders)
                         return
-                except (KafkaError, StoreUnavailable, RunLost) as error:
-                    logger.warning("%s has to wait %.0f s: %s", message.place, delay, error or type(error).__name__)
+                except RunLost as error:
+                    # most likely the group has given the partition away, and this worker is about to be told
+                    delay = max(delay, RUN_LOST_SECONDS)
+                    logger.warning("%s waits %.0f s: %s", message.place, delay, error)
+                except (KafkaError, StoreUnavailable) as error:
+                    logger.warning("%s waits %.0f s: %s", message.place, delay, error or type(error).__name__)
                 except (PartitionLost, Interrupted):
                     raise
                 except Exception:
