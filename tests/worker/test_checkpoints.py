@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +76,14 @@ async def test_a_checkpoint_goes_up_and_comes_down_whole(store: Store, claim: Cl
 async def test_the_last_two_are_kept_and_what_both_name_is_stored_once(
     store: Store, claim: Claim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    up, stored = Uploading(store, claim, tmp_path), []
-    real = type(store).put_file
-    monkeypatch.setattr(
-        type(store), "put_file", lambda self, key, *a, **k: (stored.append(key), real(self, key, *a, **k))[1]
-    )
+    up, real = Uploading(store, claim, tmp_path), type(store).put_file
+    stored: list[str] = []
+
+    def put_file(store: Store, key: str, *arguments: Any, **options: Any) -> Any:
+        stored.append(key)
+        return real(store, key, *arguments, **options)
+
+    monkeypatch.setattr(type(store), "put_file", put_file)
     for number in range(1, 5):
         save(tmp_path, number, {SHARD: b"shard", f"checkpoints/{number:06d}-sae0.pt": b"state %d" % number})
         assert await up.store(number)
@@ -190,10 +192,10 @@ class AwayTwice(DirectoryStore):
 
 
 @pytest.fixture
-def away(tmp_path: Path) -> Iterator[AwayTwice]:
+def away(tmp_path: Path) -> AwayTwice:
     store = AwayTwice(tmp_path / "store")
     store.ensure()
-    yield store
+    return store
 
 
 async def test_a_store_that_is_away_is_waited_for(away: AwayTwice, tmp_path: Path) -> None:

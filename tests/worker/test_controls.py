@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from aiokafka import ConsumerRecord
 
-from mistudio_schemas import TrainCompleted, TrainControl, TrainProgress, record_for
+from mistudio_schemas import TrainControl, TrainProgress, record_for
 from mistudio_train.settings import Settings
 from mistudio_train.worker.controls import Control, Controls, read
 from mistudio_train.worker.intake import Message
@@ -85,7 +85,6 @@ def test_what_is_no_control_is_passed_by(value: bytes | None, caplog: pytest.Log
 def test_an_event_of_another_kind_is_no_control() -> None:
     said = record_for(TrainProgress(job_id="j", status="running"), source="/t")
     assert read(record_of(said.value, said.headers)) is None
-    assert TrainCompleted is not TrainControl
 
 
 async def test_everything_sent_before_is_known_once_it_has_caught_up(worker_settings: Settings) -> None:
