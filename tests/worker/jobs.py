@@ -14,7 +14,7 @@ from functools import partial
 
 from mistudio_schemas import CorpusInfo, ModelInfo, Phase, SAEMetrics, SAEResult
 from mistudio_train.errors import CorpusRefused
-from mistudio_train.messages import ChildMessage, Finished, JobSpec, LeftEarly, Parent, Progress, Saved
+from mistudio_train.messages import ChildMessage, Finished, Identified, JobSpec, LeftEarly, Parent, Progress, Saved
 from mistudio_train.worker.child_main import Job, train
 
 Send = Callable[[ChildMessage], None]
@@ -188,3 +188,13 @@ def works_until_told(spec: JobSpec, send: Send) -> Finished:
 def holds_up_only_the_first(spec: JobSpec, send: Send) -> Finished:
     """The job named `long` works until told, every other one at once."""
     return works_until_told(spec, send) if spec.job_id == "long" else works(spec, send)
+
+
+def is_always_the_same(spec: JobSpec, parent: Parent) -> Finished:
+    """Would give what every job of it gives; takes its time where it is asked to say so."""
+    parent(Progress("planning", "planning", 0.1))
+    if spec.identify:
+        parent(Identified("the-same"))
+        for _ in range(40):
+            threading.Event().wait(0.05)
+    return works(spec, parent)

@@ -16,8 +16,8 @@ from typing import Any
 from pydantic import SecretStr
 
 from mistudio_schemas import ArtifactRef, TrainCompleted, TrainRequested
-from mistudio_train.errors import ChildDied, DiskFull, RequestRefused
-from mistudio_train.messages import ChildMessage, Finished, JobSpec, Lease, LeftEarly, Loaded, Saved, Warned
+from mistudio_train.errors import ChildDied, DiskFull, RequestRefused, StoreUnavailable
+from mistudio_train.messages import ChildMessage, Finished, Identified, JobSpec, Lease, LeftEarly, Loaded, Saved, Warned
 from mistudio_train.settings import Settings
 
 from .artifacts import upload, write_manifest
@@ -28,9 +28,10 @@ from .corpora import fetch_corpus
 from .devices import Devices
 from .intake import Intake
 from .orders import Interrupted, Order
-from .outcome import completed
+from .outcome import completed, reused
 from .progress import CHILD_SHARE
 from .register import Register, RunLost
+from .reuse import find_result
 from .running import Running
 from .store import Store
 
@@ -65,7 +66,9 @@ class Attempt:
         self._request: TrainRequested = running.intake.request
         self._token = self._hub_token(running.intake)
         self._uploads: CheckpointUploads | None = None
-        self._keeping: asyncio.Task[None] | None = None
+        self._child: Child | None = None
+        self._earlier: TrainCompleted | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._over, self._storing = False, threading.Lock()
 
     async def run(self) -> TrainCompleted:
@@ -85,6 +88,8 @@ class Attempt:
             raise
         finally:
             self._over = True
+            for task in self._tasks:
+                task.cancel()
             # nothing is to be stored after what comes next, which may be the removal of all that was stored
             await asyncio.to_thread(self._storing.acquire, timeout=LINGER_SECONDS)
 
@@ -93,11 +98,13 @@ class Attempt:
         corpus = await self._fetch_corpus()
         await self._restore()
         self._feed.say(message="waiting for a device")
+        who = self._running.who(self._settings.worker_id)
         async with self._devices.lease(self._request.gpu_id) as lease:
             finished = await self._train(self._spec(corpus, lease))
+        if isinstance(finished, TrainCompleted):
+            return reused(who, finished, seconds=self._claim.record.age_seconds())
         artifacts, manifest = await self._deliver_files()
         warnings, seconds = self._feed.current.warnings, self._claim.record.age_seconds()
-        who = self._running.who(self._settings.worker_id)
         return completed(who, finished, artifacts, manifest, warnings=warnings, seconds=seconds)
 
     async def _fetch_corpus(self) -> Path:
@@ -118,10 +125,11 @@ class Attempt:
             logger.info("job %s goes on from %s", self._claim.record.job_id, found[0].key)
             self._feed.say(last_checkpoint=self._store.uri(found[0].key))
 
-    async def _train(self, spec: JobSpec) -> Finished:
+    async def _train(self, spec: JobSpec) -> Finished | TrainCompleted:
+        """What the child has made, or the event of an earlier run that was asked for the same."""
         orders, stalls = self._running.orders, (self._settings.stall_seconds, self._settings.loading_stall_seconds)
         async with Child(spec, *stalls, self._job) as child, self._checkpoint_uploads(child) as uploads:
-            self._uploads = uploads
+            self._child, self._uploads = child, uploads
             logger.info("job %s: process %s on %s", spec.job_id, child.pid, _device(spec.lease))
             try:
                 with orders.attended(lambda order: self._obey(order, child)):
@@ -129,6 +137,8 @@ class Attempt:
             except (LeftEarly, ChildDied) as error:
                 if uploads.lost is not None:
                     raise uploads.lost from None
+                if self._earlier is not None and not orders.ending:
+                    return self._earlier
                 if isinstance(error, ChildDied) and not orders.ending:
                     raise
                 if "leave" in orders.given and not await uploads.flush(orders.deadline):
@@ -169,7 +179,10 @@ class Attempt:
             case Saved() if self._uploads is not None:
                 self._uploads.hear(message.number)
             case Loaded(commit=str(commit)) if self._claim.record.model_commit is None:
-                self._keeping = asyncio.create_task(self._keep_model_commit(commit))
+                self._tasks.append(asyncio.create_task(self._keep_model_commit(commit)))
+            case Identified():
+                self._running.identity = message.identity
+                self._tasks.append(asyncio.create_task(self._look_for_result(message.identity)))
             case _:
                 pass
         self._feed.hear(message)
@@ -179,6 +192,13 @@ class Attempt:
         with contextlib.suppress(RunLost):
             ours = self._running.claim
             self._running.claim = await self._patiently(lambda: self._register.keep_model_commit(ours, commit))
+
+    async def _look_for_result(self, identity: str) -> None:
+        """Before the child has done much: an earlier run may have been asked for the same."""
+        with contextlib.suppress(StoreUnavailable):
+            self._earlier = await asyncio.to_thread(find_result, self._store, identity)
+            if self._earlier is not None and self._child is not None:
+                self._child.kill()
 
     async def _deliver_files(self) -> tuple[list[ArtifactRef], ArtifactRef]:
         self._feed.say(phase="uploading", message="uploading the artifacts", progress=CHILD_SHARE)
@@ -218,6 +238,7 @@ class Attempt:
             token=self._token.get_secret_value() if self._token else None,
             logging=settings.logging,
             checkpoint_seconds=self._request.checkpoint_seconds or settings.checkpoint_seconds,
+            identify=settings.reuse_results,
             model_commit=self._running.claim.record.model_commit,
         )
 

@@ -27,6 +27,8 @@ class Running:
     checkpoints: list[Stored] = field(default_factory=list)
     """In the store, the newest first."""
 
+    identity: str | None = None
+    """Of its result, once the child has said it."""
     heeding: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Controls are obeyed one after another."""
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from mistudio_schemas import KafkaRecord, TrainProgress, record_for
+from mistudio_schemas import KafkaRecord, TrainCompleted, TrainProgress, record_for
 from mistudio_train.errors import ChildDied, JobError, StoreUnavailable
 from mistudio_train.settings import Settings
 
@@ -34,6 +34,7 @@ from .orders import Interrupted, Orders
 from .outcome import cancelled, failed
 from .progress import ProgressFeed
 from .register import Claim, Register, RunLost
+from .reuse import keep_result
 from .run_record import MessageId, Terminal
 from .running import Running
 from .store import Store
@@ -223,6 +224,7 @@ class Supervisor:
         ours = running.claim
         claim = await self._patiently(lambda: self._register.finish(ours, event, place))
         await self._finish(delivery, claim, running.intake)
+        await self._keep_for_reuse(running, event)
         self._metrics.ended.labels(event.status).inc()
         logger.info("job %s run %d is %s: %s", event.job_id, event.run, event.status, event.message)
         await running.feed.close(
@@ -232,6 +234,14 @@ class Supervisor:
             progress=event.progress,
             estimated_time_remaining=None,
         )
+
+    async def _keep_for_reuse(self, running: Running, event: Terminal) -> None:
+        if running.identity is None or not isinstance(event, TrainCompleted) or event.stopped_early:
+            return
+        try:
+            await asyncio.to_thread(keep_result, self._store, running.identity, event)
+        except StoreUnavailable as error:
+            logger.info("job %s: its result will not be found by identical requests: %s", event.job_id, error)
 
     async def _attempts(self, running: Running) -> Terminal:
         """Try until there is a result, an error that trying again does not mend, or no attempt left."""
