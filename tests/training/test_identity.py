@@ -39,7 +39,12 @@ def test_what_does_not_show_in_the_numbers_does_not_count() -> None:
 
 
 def test_everything_else_counts() -> None:
-    others = [{"seed": 1}, {"hidden_dim": 128}, {"sae": {"kind": "topk", "k": 4}}, {"pooling": "token"}]
+    others: list[dict[str, Any]] = [
+        {"seed": 1},
+        {"hidden_dim": 128},
+        {"sae": {"kind": "topk", "k": 4}},
+        {"pooling": "token"},
+    ]
     found = {identity(request(**fields)) for fields in others}
     found |= {identity(request()), identity(request(), commit="def"), identity(request(), corpus="1" * 64)}
     assert len(found) == len(others) + 3
