@@ -28,7 +28,7 @@ def identity(request: TrainRequested, commit: str = "abc", corpus: str = "0" * 6
 
 
 def test_what_does_not_show_in_the_numbers_does_not_count() -> None:
-    same = [
+    same: list[dict[str, Any]] = [
         {"job_id": "a"},
         {"gpu_id": 1},
         {"token_name": "team"},
