@@ -97,8 +97,6 @@ async def test_a_leaving_worker_loses_no_step(settings: Settings) -> None:
     assert (done.run, done.attempt) == (1, 2)
     first, second = ([one.step or 0 for one in said if one.attempt == attempt] for attempt in (1, 2))
     assert max(first) <= min(second)
-    restored = next(one for one in events(reader.records) if isinstance(one, TrainProgress) and one.last_checkpoint)
-    assert "/a1/checkpoints/" in (restored.last_checkpoint or "")
     assert objects_of(settings, "job-1") == [name.replace("a1/", "a2/") for name in RESULT]
 
 

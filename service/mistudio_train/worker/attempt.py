@@ -9,9 +9,7 @@ import errno
 import logging
 import shutil
 import threading
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
 
 from pydantic import SecretStr
 
@@ -29,6 +27,7 @@ from .devices import Devices
 from .intake import Intake
 from .orders import Interrupted, Order
 from .outcome import completed, reused
+from .patience import patiently
 from .progress import CHILD_SHARE
 from .register import Register, RunLost
 from .reuse import find_result
@@ -37,7 +36,6 @@ from .store import Store
 
 logger = logging.getLogger(__name__)
 
-Patiently = Callable[[Callable[[], Any]], Awaitable[Any]]
 SAVING_PHASES = ("extracting", "training")
 """In which a child that is to leave has something to save; in the others the last checkpoint is as good."""
 LINGER_SECONDS = 5.0
@@ -56,11 +54,10 @@ class Attempt:
         register: Register,
         devices: Devices,
         running: Running,
-        patiently: Patiently,
         job: Job,
     ) -> None:
         self._settings, self._store, self._register, self._devices = settings, store, register, devices
-        self._running, self._patiently, self._job = running, patiently, job
+        self._running, self._job = running, job
         self._feed, self._workspace, self._claim = running.feed, running.workspace, running.claim
         assert running.intake.request is not None  # the supervisor has refused it otherwise
         self._request: TrainRequested = running.intake.request
@@ -110,17 +107,14 @@ class Attempt:
     async def _fetch_corpus(self) -> Path:
         self._feed.say(phase="fetching", message=f"fetching the corpus {self._request.corpus_file}")
         where = self._workspace / "corpus"
-        path: Path = await self._patiently(
-            lambda: fetch_corpus(self._request.corpus_file, where, self._settings, self._store)
-        )
-        return path
+        return await patiently(lambda: fetch_corpus(self._request.corpus_file, where, self._settings, self._store))
 
     async def _restore(self) -> None:
         """An earlier attempt's checkpoints: those of this worker are here, those of another one in the store."""
         if any((self._workspace / "checkpoints").glob("*.json")):
             return
         self._feed.say(message="looking for a checkpoint")
-        self._running.checkpoints = await self._patiently(lambda: restore(self._store, self._claim, self._workspace))
+        self._running.checkpoints = await patiently(lambda: restore(self._store, self._claim, self._workspace))
         if found := self._running.checkpoints:
             logger.info("job %s goes on from %s", self._claim.record.job_id, found[0].key)
             self._feed.say(last_checkpoint=self._store.uri(found[0].key))
@@ -191,7 +185,7 @@ class Attempt:
         """For the attempts to come; what keeps it from being written shows elsewhere."""
         with contextlib.suppress(RunLost):
             ours = self._running.claim
-            self._running.claim = await self._patiently(lambda: self._register.keep_model_commit(ours, commit))
+            self._running.claim = await patiently(lambda: self._register.keep_model_commit(ours, commit))
 
     async def _look_for_result(self, identity: str) -> None:
         """Before the child has done much: an earlier run may have been asked for the same."""
@@ -215,7 +209,7 @@ class Attempt:
                 artifacts = upload(self._store, self._claim, self._workspace / "output", on_progress)
                 return artifacts, write_manifest(self._store, self._claim, artifacts)
 
-        artifacts, manifest = await self._patiently(store)
+        artifacts, manifest = await patiently(store)
         self._feed.say(phase="publishing", message="publishing the result")
         return artifacts, manifest
 

@@ -6,11 +6,9 @@ the progress topic are given.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from functools import partial
 from traceback import format_exception
-from typing import Any, TypeVar
 
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
@@ -24,14 +22,16 @@ from .artifacts import remove_leftovers
 from .attempt import Attempt
 from .backoff import BACKOFF_SECONDS, backoff
 from .child_main import Job, train
-from .controls import Control, Controls
+from .controls import Controls
 from .dead_letter import dead_letter
 from .delivery import Delivery, Group, PartitionLost
 from .devices import Devices
 from .intake import Intake, Message, NotARequest
 from .metrics import Metrics
+from .obedience import Obedience
 from .orders import Interrupted, Orders
 from .outcome import cancelled, failed
+from .patience import patiently
 from .progress import ProgressFeed
 from .register import Claim, Register, RunLost
 from .reuse import keep_result
@@ -45,7 +45,6 @@ logger = logging.getLogger(__name__)
 GIVE_BACK_SECONDS = 5.0
 RUN_LOST_SECONDS = 5.0
 """Until a run that another worker has taken may be taken back, if the partition is still ours then."""
-T = TypeVar("T")
 
 
 class Supervisor:
@@ -69,12 +68,13 @@ class Supervisor:
         job: Job = train,
     ) -> None:
         self._settings, self._store, self._devices, self._metrics = settings, store, devices, metrics
-        self._register = Register(store)
-        self._publish_progress, self._speaks_for, self._job = publish_progress, speaks_for, job
-        self.controls = Controls(settings, self._on_control)
+        self._register, self._publish_progress, self._job = Register(store), publish_progress, job
+        self._obedience = Obedience(settings, self._register, publish_progress, speaks_for)
+
+    @property
+    def controls(self) -> Controls:
         """What jobs are told from outside; to be followed while the worker runs."""
-        self._running: set[Running] = set()
-        self._heeding: set[asyncio.Task[None]] = set()
+        return self._obedience.controls
 
     async def handle(self, message: Message, group: Group, orders: Orders) -> None:
         """Take a message to its end; returns when it is passed, or has been given to another worker."""
@@ -106,30 +106,6 @@ class Supervisor:
         except Interrupted:
             logger.info("%s is given back: this worker leaves", message.place)
 
-    def _on_control(self, control: Control) -> None:
-        runs = [running for running in self._running if running.intake.job_id == control.job_id]
-        heeding: list[Coroutine[Any, Any, None]] = [self._heed_now(running) for running in runs]
-        if not runs and self._speaks_for(control.job_id):
-            heeding.append(self._answer_for_queued(control))
-        for one in heeding:
-            task = asyncio.create_task(one)
-            self._heeding.add(task)
-            task.add_done_callback(self._heeding.discard)
-
-    async def _answer_for_queued(self, control: Control) -> None:
-        """Say of a job that no worker has ever taken that it is to be cancelled; whoever gets it will see to it."""
-        try:
-            if control.action != "cancel" or await asyncio.to_thread(self._has_begun, control.job_id):
-                return
-            who = control.requested_by or "somebody"
-            message = f"{who} has cancelled the job before a worker has taken it"
-            await self._publish_progress(TrainProgress(job_id=control.job_id, status="cancelling", message=message))
-        except Exception as error:
-            logger.warning("the cancellation of %s is not acknowledged: %s", control.job_id, error)
-
-    def _has_begun(self, job_id: str) -> bool:
-        return any(True for _ in self._register.runs(job_id))
-
     async def _deliver(self, delivery: Delivery, message: Message, orders: Orders) -> None:
         committed = await delivery.committed()
         if committed is not None and committed > message.offset:
@@ -151,7 +127,7 @@ class Supervisor:
             return await delivery.skip()
         # Event and offset were committed together, so an offset below the event means that the group was set back.
         logger.info("job %s run %d is published: this is a replay", intake.job_id, found.record.run)
-        await self._patiently(lambda: self._register.published(found))
+        await patiently(lambda: self._register.published(found))
         return await self._run(delivery, await self._claim(message, intake), message, intake, orders)
 
     async def _dead_letter(
@@ -191,7 +167,7 @@ class Supervisor:
         workspace = await asyncio.to_thread(Workspace, folder)
         feed = ProgressFeed(self._publish_progress, self._first_event(claim, intake))
         running = Running(message, intake, claim, feed, orders, folder)
-        self._running.add(running)
+        self._obedience.running.add(running)
         try:
             with self._metrics.running.track_inprogress():
                 event = await self._end_of(running)
@@ -199,7 +175,7 @@ class Supervisor:
             await asyncio.shield(self._give_back(running))
             raise
         finally:
-            self._running.discard(running)
+            self._obedience.running.discard(running)
             await asyncio.to_thread(workspace.remove)
         await self._conclude(delivery, running, event)
 
@@ -211,7 +187,7 @@ class Supervisor:
 
         """
         try:
-            await self._heed(running)
+            await self._obedience.heed(running)
             return await running.orders.interruptible(self._attempts(running))
         except Interrupted:
             if "leave" in running.orders.given:
@@ -222,7 +198,7 @@ class Supervisor:
         """Write the run's end into the register, and then into the topic."""
         place = await delivery.place(self._record(event, running.intake))
         ours = running.claim
-        claim = await self._patiently(lambda: self._register.finish(ours, event, place))
+        claim = await patiently(lambda: self._register.finish(ours, event, place))
         await self._finish(delivery, claim, running.intake)
         await self._keep_for_reuse(running, event)
         self._metrics.ended.labels(event.status).inc()
@@ -283,45 +259,6 @@ class Supervisor:
         except (RunLost, StoreUnavailable, TimeoutError) as error:
             logger.info("job %s: its register does not say 'stopped': %s", running.intake.job_id, error)
 
-    async def _heed_now(self, running: Running) -> None:
-        try:
-            await self._heed(running)
-        except RunLost as error:
-            logger.info("a control comes too late: %s", error)
-        except Exception:
-            logger.exception("a defect keeps job %s from obeying a control", running.intake.job_id)
-
-    async def _heed(self, running: Running) -> None:
-        """Obey the controls that are for this run: those that an earlier attempt has noted, and those sent since."""
-        async with running.heeding:
-            for control in await self._controls_for(running):
-                if running not in self._running:
-                    return  # it has come to its end meanwhile
-                await self._answer(running, control)
-                obey = partial(self._register.obey, running.claim, control.obeyed)
-                running.claim = await self._patiently(obey)
-            for done in running.claim.record.controls:
-                running.orders.give(done.action)
-
-    async def _answer(self, running: Running, control: Control) -> None:
-        who = control.requested_by or "somebody"
-        logger.info("job %s run %d: %s by %s", control.job_id, running.claim.record.run, control.action, who)
-        if control.action == "cancel":
-            await running.feed.answer(status="cancelling", message=f"{who} has cancelled the job")
-        else:
-            await running.feed.answer(message=f"{who} wants what there is: training stops")
-
-    async def _controls_for(self, running: Running) -> list[Control]:
-        """Those that the run has not obeyed yet."""
-        controls = self.controls.of(running.intake.job_id)
-        if not controls:
-            return []
-        record = running.claim.record
-        runs = await self._patiently(lambda: [one.record for one in self._register.runs(record.job_id)])
-        others = [one for one in runs if one.run != record.run]
-        new = [one for one in controls if not any(one.obeyed.is_same(done) for done in record.controls)]
-        return [control for control in new if control.is_for(record, running.message.timestamp, others)]
-
     def _cancelled(self, running: Running) -> Terminal:
         controls = running.claim.record.controls
         last = next((one for one in controls if one.action == "cancel"), controls[-1] if controls else None)
@@ -334,13 +271,13 @@ class Supervisor:
 
     def _attempt(self, running: Running) -> Attempt:
         outside = self._settings, self._store, self._register, self._devices
-        return Attempt(*outside, running, self._patiently, self._job)
+        return Attempt(*outside, running, self._job)
 
     async def _failed_attempt(self, claim: Claim, error: JobError) -> Claim:
-        return await self._patiently(lambda: self._register.attempt_failed(claim, error.code, str(error)))
+        return await patiently(lambda: self._register.attempt_failed(claim, error.code, str(error)))
 
     async def _next_attempt(self, claim: Claim) -> Claim:
-        return await self._patiently(lambda: self._register.try_again(claim, self._settings.worker_id))
+        return await patiently(lambda: self._register.try_again(claim, self._settings.worker_id))
 
     def _first_event(self, claim: Claim, intake: Intake) -> TrainProgress:
         return TrainProgress(
@@ -362,22 +299,12 @@ class Supervisor:
     async def _finish(self, delivery: Delivery, claim: Claim, intake: Intake, *, look_first: bool = False) -> None:
         """Publish the end that the register holds: the run's first one, whoever else came to another."""
         event, place = claim.ended()
-        await self._patiently(lambda: remove_leftovers(self._store, claim))
+        await patiently(lambda: remove_leftovers(self._store, claim))
         await delivery.finish(self._record(event, intake), place, look_first=look_first)
         try:
             await asyncio.to_thread(self._register.published, claim)
         except (StoreUnavailable, RunLost) as error:
             logger.info("job %s: its register does not say 'published' yet: %s", claim.record.job_id, error)
-
-    async def _patiently(self, call: Callable[[], T]) -> T:
-        """A blocking call to the store, again and again while the store is away."""
-        for delay in backoff():
-            try:
-                return await asyncio.to_thread(call)
-            except StoreUnavailable as error:
-                logger.warning("the store does not answer, trying again in %.0f s: %s", delay, error)
-                await asyncio.sleep(delay)
-        raise AssertionError("backoff has no end")
 
 
 def _as_job_error(error: Exception) -> JobError:
