@@ -142,31 +142,31 @@ async def measure(assignor: str, minutes: float, env: dict[str, str], console: C
     env = env | {sleeping.LONG_SECONDS: str(seconds)}
     visitors, topics = Visitors(env, assignor), settings.topics
     await kafka.ensure_topics(settings)
-    async with reading(settings, topics.progress, topics.completed, topics.failed, topics.cancelled) as reader:
-        async with kafka.started(kafka.producer(settings)) as producer:
-            await producer.send_and_wait(**request(sleeping.LONG, 0, settings))
-            home, short = Worker(env, "m-home", assignor, SHORT_SECONDS, "speaks"), ShortJobs(settings, producer)
-            try:
-                await home.until_ready()
-                await reader.until(lambda found: any(b"going on" in record.value for record in found))
-                began = time.monotonic()
-                async with visitors.about():
-                    publishing = asyncio.create_task(short.publish())
-                    with contextlib.suppress(TimeoutError):
-                        await reader.until(lambda found: is_over(found, topics.completed), seconds + 30)
-                    publishing.cancel()
-                if not is_over(reader.records, topics.completed):
-                    console.print(f"{assignor}: it should have ended; the others leave it alone now")
-                    await reader.until(lambda found: is_over(found, topics.completed), 2 * seconds + 120)
-                took = time.monotonic() - began
-                ends = len(short.names) + 1
-                await reader.until(
-                    lambda found: len([one for one in found if one.topic != topics.progress]) >= ends, 300
-                )
-                await reader.drained()
-                rebalances = home.figure("mistudio_rebalances")
-            finally:
-                home.stop()
+    async with (
+        reading(settings, topics.progress, topics.completed, topics.failed, topics.cancelled) as reader,
+        kafka.started(kafka.producer(settings)) as producer,
+    ):
+        await producer.send_and_wait(**request(sleeping.LONG, 0, settings))
+        home, short = Worker(env, "m-home", assignor, SHORT_SECONDS, "speaks"), ShortJobs(settings, producer)
+        try:
+            await home.until_ready()
+            await reader.until(lambda found: any(b"going on" in record.value for record in found))
+            began = time.monotonic()
+            async with visitors.about():
+                publishing = asyncio.create_task(short.publish())
+                with contextlib.suppress(TimeoutError):
+                    await reader.until(lambda found: is_over(found, topics.completed), seconds + 30)
+                publishing.cancel()
+            if not is_over(reader.records, topics.completed):
+                console.print(f"{assignor}: it should have ended; the others leave it alone now")
+                await reader.until(lambda found: is_over(found, topics.completed), 2 * seconds + 120)
+            took = time.monotonic() - began
+            ends = len(short.names) + 1
+            await reader.until(lambda found: len([one for one in found if one.topic != topics.progress]) >= ends, 300)
+            await reader.drained()
+            rebalances = home.figure("mistudio_rebalances")
+        finally:
+            home.stop()
     return judged(assignor, seconds, took, reader, settings, visitors, short.names, rebalances)
 
 
