@@ -129,13 +129,13 @@ def requests(count: int, placement: str, settings: Settings) -> list[dict[str, A
 class Worker:
     """A worker's process and its HTTP port."""
 
-    def __init__(self, env: dict[str, str], name: str, assignor: str, seconds: float) -> None:
+    def __init__(self, env: dict[str, str], name: str, assignor: str, seconds: float, job: str = "sleeps") -> None:
         self._port: int
         (self._port,) = free_ports(1)
         own = {"WORKER_ID": name, "API_PORT": str(self._port), sleeping.SECONDS: str(seconds)}
         path = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         # from "-c", for children import their parent's main module again, and there is none
-        command = [sys.executable, "-c", f"from benchmarks.sleeping import serve; serve({assignor!r})"]
+        command = [sys.executable, "-c", f"from benchmarks.sleeping import serve; serve({assignor!r}, {job!r})"]
         self._process = subprocess.Popen(command, cwd=ROOT, env=os.environ | env | own | path)
 
     def page(self, path: str) -> str:
@@ -162,6 +162,16 @@ class Worker:
         """Tell it to stop, and wait until it has."""
         self._process.send_signal(signal.SIGTERM)
         self._process.wait(60)
+
+    def kill(self) -> None:
+        """`kill -9`; its children see that and end by themselves."""
+        self._process.kill()
+        self._process.wait()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
 
 
 @asynccontextmanager

@@ -1,9 +1,10 @@
-"""A job's progress events: at most one a second, the latest always, and nothing that nobody said.
+"""A job's progress events: at most one a second, the latest always, the last at once, and nothing that nobody said.
 
 There is no heartbeat of the parent's own: while the child is silent, so is the topic, and a hung job looks hung.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -41,6 +42,7 @@ class ProgressFeed:
         self._sent_at = float("-inf")
         self._unsaid = self._published = False
         self._speaking: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
         self.say()
 
     @property
@@ -83,7 +85,8 @@ class ProgressFeed:
                 pass
 
     async def close(self, **changes: Any) -> None:
-        """The last word; returns when it is published, or cannot be."""
+        """The last word, which waits for no second to pass; returns when it is published, or cannot be."""
+        self._closing.set()
         for _ in range(LAST_TRIES):
             self.say(**changes)
             assert self._speaking is not None  # `say` has just seen to it
@@ -94,9 +97,10 @@ class ProgressFeed:
 
     async def _speak(self) -> None:
         while self._unsaid:
-            loop = asyncio.get_running_loop()
-            await asyncio.sleep(max(0.0, self._sent_at + MIN_INTERVAL - loop.time()))
-            self._sent_at, self._unsaid = loop.time(), False
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self._sent_at + MIN_INTERVAL):
+                    await self._closing.wait()
+            self._sent_at, self._unsaid = asyncio.get_running_loop().time(), False
             await self._publish_current()
 
     async def _publish_current(self) -> None:
