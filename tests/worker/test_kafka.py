@@ -72,6 +72,17 @@ async def test_a_topic_that_differs_is_named_and_left_as_it_is(
     assert (await described(worker_settings))[topic][0] == 1
 
 
+async def test_a_client_that_ends_in_a_cancellation_of_its_own_does_not_end_its_user() -> None:
+    class Client:
+        async def stop(self) -> None:
+            inner = asyncio.ensure_future(asyncio.sleep(1))
+            inner.cancel()
+            await inner
+
+    client: Any = Client()
+    await kafka.close(client)
+
+
 async def test_a_client_is_closed_to_its_end_though_its_user_is_cancelled(worker_settings: Settings) -> None:
     closing, client = asyncio.Event(), kafka.producer(worker_settings)
     really_stop = client.stop

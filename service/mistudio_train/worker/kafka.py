@@ -133,6 +133,11 @@ async def _close(client: AIOKafkaConsumer | AIOKafkaProducer) -> None:
     except (KafkaError, TimeoutError, AssertionError) as error:
         # aiokafka raises AssertionError from a producer that an earlier error has killed
         logger.debug("closing a client: %s", type(error).__name__)
+    except asyncio.CancelledError:
+        # a consumer that lost its broker while it started ends with its own inner task's cancellation, which nobody
+        # meant for us: passed on, it would silently end whoever closes it
+        if asyncio.current_task().cancelling():  # type: ignore[union-attr]
+            raise
 
 
 @dataclass(frozen=True)

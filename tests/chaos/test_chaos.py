@@ -1,0 +1,19 @@
+"""The short campaign: twenty jobs, forty deaths, and nothing is lost, doubled or different."""
+
+from pathlib import Path
+
+import pytest
+
+from .campaign import Plan, run
+
+SEED = 20
+
+
+@pytest.mark.timeout(900)
+async def test_every_job_survives_every_death_and_ends_once(tmp_path: Path) -> None:
+    plan = Plan("short", SEED, (0.2, 2.0), jobs=20, kills=40, at_most_seconds=200, restart_seconds=1.0)
+    outcome = await run(plan, tmp_path / "chaos", f"make chaos MINUTES=3 SEED={SEED}")
+    print("\n".join(outcome.lines()))
+    assert outcome.checked.violations == []
+    assert len(outcome.checked.runs) >= plan.jobs
+    assert sum(deed.is_kill for deed in outcome.deeds) >= plan.kills
