@@ -62,7 +62,7 @@ NAMES = (
     "cörpus.txt",
     "co\u0301rpus.txt",
 )
-ODD = (
+ODD: tuple[Any, ...] = (
     *(0, -1, 2**31, 2**63, -(2**63), 10**400, 1e308, -1e-320, True, None, "", " ", [], {}, [[]], {"kind": "topk"}),
     *(
         "\x00",
@@ -373,7 +373,7 @@ def _may_read(message: Hostile, settings: Settings) -> bool:
     """Whether the corpus that the message names is one of the worker's."""
     samples = settings.data_path / "samples"
     named = json.loads(message.value or b"{}")["corpus_file"]
-    return (samples / named).resolve() == samples / "corpus.txt"
+    return bool((samples / named).resolve() == samples / "corpus.txt")
 
 
 def lay_canaries(folder: Path, samples: Path) -> dict[str, tuple[int, int]]:
