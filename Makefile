@@ -22,7 +22,7 @@ CREATE = "$(PYTHON)" -m venv $(VENV)
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
-.PHONY: help demo test test-containers bench-queue bench-long-job bench-fuzz bench-outages check stack stack-down up down schemas
+.PHONY: help demo test test-containers chaos chaos-points bench-queue bench-long-job bench-fuzz bench-outages check stack stack-down up down schemas
 
 help: ## What there is
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -36,6 +36,16 @@ test: $(DEV) ## All tests that need no Docker engine, on a real Kafka and a real
 
 test-containers: $(DEV) ## The tests that need a Docker engine
 	$(BIN)/python -m pytest -m containers
+
+MINUTES ?= 30
+chaos: $(DEV) ## Kill everything at random for MINUTES=30 (SEED=… repeats), and see that each job ends once
+	$(BIN)/python -m mistudio_stack prepare
+	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+TIMES ?= 5
+chaos-points: $(DEV) ## Kill worker, child, broker and store at each named point, TIMES=5 times
+	$(BIN)/python -m mistudio_stack prepare
+	CHAOS_TIMES=$(TIMES) $(BIN)/python -m pytest tests/chaos/test_points.py
 
 check: $(DEV) ## Lint, formatting, types
 	$(BIN)/ruff check .

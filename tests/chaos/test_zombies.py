@@ -3,7 +3,7 @@
 import pytest
 from aiokafka import ConsumerRecord
 
-from mistudio_schemas import TrainCompleted, TrainProgress, parse_event
+from mistudio_schemas import Contract, TrainCompleted, TrainProgress, parse_event
 from tests.worker.bus import reading
 
 from .checker import Checker
@@ -11,7 +11,13 @@ from .conftest import lane
 from .world import Base, Worker, World, until
 
 KIND = "token-topk"
-STOPPED = ("nothing more is written for it", "is no longer ours", "is another worker's now", "has lost")
+STOPPED = (
+    "nothing more is written for it",
+    "is no longer ours",
+    "is another worker's now",
+    "has lost",
+    "run 1 is completed",
+)
 """What a worker says that has lost a job."""
 
 
@@ -31,33 +37,54 @@ async def records_of(world: World, job: str) -> list[ConsumerRecord]:
         return [record for record in await reader.drained() if record.key == job.encode()]
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "when", ["extracting:after", "training:after", "object:before", "manifest:before", "send:after"]
-)
-async def test_a_zombie_writes_nothing_that_anybody_can_reach(base: Base, when: str) -> None:
-    name = when.replace(":", "-")
-    async with lane(base, f"zombie-{name}") as world:
-        (zombie,), job = world.living, f"job-{name}"
-        await freeze(world, zombie, when, job)
-        successor = world.start_worker(2)
-        if when == "send:after":  # the register says how it has ended: the successor publishes that, and runs nothing
-            await world.watch.ended({job}, 120)
-        else:
-            await world.watch.attempt_beyond(job, 1)
-        zombie.thaw()
+async def survive(world: World, when: str, job: str, *, past_the_end: bool) -> list[Contract]:
+    """Freeze a worker and let it go on when another one has its job, or has ended it; everything said of the job."""
+    (zombie,) = world.living
+    await freeze(world, zombie, when, job)
+    successor = world.start_worker(2)
+    if past_the_end:
         await world.watch.ended({job}, 120)
-        await until(lambda: any(said in zombie.log.read_text() for said in STOPPED), 60, "the zombie says it stops")
-        await until(lambda: not zombie.children, 30, "the zombie's child is gone")
-        folder = zombie.data_path / "cache" / "workspaces"
-        await until(lambda: not list(folder.glob("*")), 30, "the zombie's workspace is gone")
-        assert await world.stop(successor) == 0
-        assert await world.stop(zombie) == 0
-        checked = await Checker(world, {}).check()
-        assert checked.violations == []
-        said = [parse_event(record.value, record.headers) for record in await records_of(world, job)]
+    else:
+        await world.watch.attempt_beyond(job, 1)
+    zombie.thaw()
+    await world.watch.ended({job}, 120)
+    await until(lambda: any(said in zombie.log.read_text() for said in STOPPED), 60, "the zombie says it stops")
+    folder = zombie.data_path / "cache" / "workspaces"
+    await until(lambda: not zombie.children and not list(folder.glob("*")), 30, "the zombie has left nothing")
+    assert await world.stop(successor) == 0
+    assert await world.stop(zombie) == 0
+    checked = await Checker(world, {}).check()
+    assert checked.violations == []
+    return [parse_event(record.value, record.headers) for record in await records_of(world, job)]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("when", ["extracting:after", "training:after", "object:before", "manifest:before"])
+async def test_a_zombie_ends_nothing_that_its_successor_has_begun(base: Base, when: str) -> None:
+    async with lane(base, f"zombie-{when.replace(':', '-')}") as world:
+        said = await survive(world, when, "job", past_the_end=False)
         (end,) = (event for event in said if isinstance(event, TrainCompleted))
-        assert (end.attempt, end.worker) == ((1, zombie.name) if when == "send:after" else (2, successor.name))
-        speakers = [event.worker for event in said if isinstance(event, TrainProgress)]
-        if successor.name in speakers:
-            assert zombie.name not in speakers[speakers.index(successor.name) :]
+        assert (end.attempt or 0) > 1
+        assert progress_of(said)[-1].phase == "ended"
+
+
+@pytest.mark.timeout(600)
+async def test_a_zombie_between_begin_and_commit_finds_its_event_published_by_its_successor(base: Base) -> None:
+    """The register had its end already: the successor published that, and trained nothing."""
+    async with lane(base, "zombie-send") as world:
+        said = await survive(world, "send:after", "job", past_the_end=True)
+        (end,) = (event for event in said if isinstance(event, TrainCompleted))
+        assert (end.attempt, end.worker) == (1, "w1.1")
+
+
+@pytest.mark.timeout(600)
+async def test_a_zombie_does_not_speak_over_its_successor(base: Base) -> None:
+    async with lane(base, "zombie-speaks") as world:
+        said = await survive(world, "training:after", "job", past_the_end=True)
+        assert progress_of(said)[-1].phase == "ended"
+        attempts = [event.attempt or 0 for event in progress_of(said)]
+        assert attempts == sorted(attempts)
+
+
+def progress_of(said: list[Contract]) -> list[TrainProgress]:
+    return [event for event in said if isinstance(event, TrainProgress)]

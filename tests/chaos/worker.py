@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,8 +79,15 @@ def job(spec: JobSpec, parent: Parent) -> Finished:
     return train(spec, CountingParent(parent, data_path / "saved" / spec.job_id))
 
 
+def end_with_the_driver() -> None:
+    """Whoever has started this worker holds the other end of its stdin, and never writes."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 def main() -> None:
     """Serve until told to stop, or killed."""
+    threading.Thread(target=end_with_the_driver, daemon=True).start()
     settings = Settings()
     setup_logging(settings.logging)
     from mistudio_train.worker import app, supervisor

@@ -73,6 +73,12 @@ class Worker:
         """At once."""
         self.process.kill()
         self.process.wait()
+        self.close()
+
+    def close(self) -> None:
+        """Of a process that has ended."""
+        if self.process.stdin is not None:
+            self.process.stdin.close()
 
     def freeze(self) -> None:
         """As if its machine hung, or its network were cut."""
@@ -202,7 +208,7 @@ class World:
             command = [sys.executable, "-m", "tests.chaos.worker"]
             process = subprocess.Popen(
                 command,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
                 env=environment,
@@ -247,6 +253,8 @@ class World:
         for worker in self.living:
             worker.thaw()
             worker.kill()
+        for worker in self.workers:
+            worker.close()
 
 
 def child_environment() -> dict[str, str]:
