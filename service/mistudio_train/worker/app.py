@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -44,6 +46,10 @@ bus_logger = logging.getLogger("mistudio_train.bus")
 bus_logger.setLevel(logging.ERROR)
 """FastStream's. Its "received" and "processed" the supervisor says better, and it warns of what is meant to be so."""
 
+THREADS_A_SLOT, MORE_THREADS = 8, 16
+"""Of blocking calls; those to a store that hangs keep theirs for minutes, and must leave some to the others."""
+LAST_CALLS_SECONDS = 1.0
+
 NO_POLL_LIMIT_MS = 2**31 - 1
 """A job may take days; that it moves is watched by its silence, not by the poll interval."""
 
@@ -81,6 +87,8 @@ def build_app(
     background: list[asyncio.Task[None]] = []
 
     async def prepare() -> None:
+        threads = THREADS_A_SLOT * settings.max_concurrent_jobs + MORE_THREADS
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads, "blocking"))
         await prepare_outside(settings, store)
         await asyncio.to_thread(remove_abandoned, settings.workspaces)
 
@@ -133,6 +141,10 @@ async def serve(settings: Settings, job: Job = train) -> None:
         log_level=logging.WARNING,
     )
     await Server(config).serve()
+    # a call to a store that hangs cannot be called off, and Python would wait for its thread for minutes
+    end = threading.Timer(LAST_CALLS_SECONDS, os._exit, (0,))
+    end.daemon = True
+    end.start()
 
 
 class Server(uvicorn.Server):

@@ -19,10 +19,10 @@ NO_S3 = (InvalidResponseError, ElementTree.ParseError, ValueError)
 """What minio raises when an answer is not as it expects; the last two by accident."""
 
 _WORDS: dict[type[Exception], str] = {
+    NameResolutionError: "no host of that name",
+    NewConnectionError: "no connection",  # after what is derived from it, before what it is derived from
     ConnectTimeoutError: "no connection in time",
     ReadTimeoutError: "no answer in time",
-    NameResolutionError: "no host of that name",
-    NewConnectionError: "no connection",
     SSLError: "TLS failed",
 }
 
