@@ -14,6 +14,7 @@ from typing import Any, Literal
 from unittest import mock
 
 from aiokafka import AIOKafkaProducer
+from aiokafka.errors import KafkaError
 
 from mistudio_schemas import TrainCompleted, TrainRequested, record_for
 from mistudio_train.messages import Finished, JobSpec, Parent
@@ -145,7 +146,7 @@ async def job_through(moment: Moment, action: Callable[[], None], settings: Sett
     assert len(found) == 1, f"{len(found)} terminal events"
     (done,) = found
     assert isinstance(done, TrainCompleted), done
-    check_artifacts(done, settings)
+    await asyncio.to_thread(check_artifacts, done, settings)
     return Waited(done, seconds)
 
 
@@ -159,7 +160,7 @@ async def _patient_reader(settings: Settings, topics: tuple[str, ...], patience:
                 reader = await stack.enter_async_context(reading(settings, *topics))
                 stack = stack.pop_all()
             break
-        except (OSError, Exception):
+        except (KafkaError, OSError):
             if time.monotonic() > deadline:
                 raise
             await asyncio.sleep(0.5)
@@ -206,7 +207,7 @@ class Proxy:
             finally:
                 back.cancel()
                 to_writer.close()
-        except OSError:
+        except (OSError, asyncio.CancelledError):
             pass
         finally:
             writer.close()

@@ -33,6 +33,8 @@ def reason_of(error: Exception) -> str:
         return error.code or "an error without a code"
     if isinstance(error, ServerError):
         return f"HTTP status {error.status_code}"
+    if isinstance(error, InvalidResponseError) and error._code >= 500:
+        return f"HTTP status {error._code}"
     if isinstance(error, NO_S3):
         return "an answer that is no S3"
     if isinstance(error, MaxRetryError) and isinstance(error.reason, HTTPError):
