@@ -1,6 +1,7 @@
 """Progress: what is true of a former attempt is not said of the next, and the last word is not lost to one failure."""
 
 import asyncio
+import time
 
 import pytest
 
@@ -85,3 +86,19 @@ async def test_warnings_have_bounds() -> None:
     assert feed.current.warnings[-1].startswith("199 ")
     assert len(feed.current.to_json()) < 1_000_000
     await feed.close(status="failed")
+
+
+@pytest.mark.parametrize("ours", [True, False])
+async def test_after_a_long_silence_it_speaks_only_if_the_run_is_still_ours(ours: bool) -> None:
+    topic = Topic()
+
+    async def is_ours() -> bool:
+        return ours
+
+    first = TrainProgress(job_id="job-1", run=1, attempt=1, status="running", phase="accepting", message="taken")
+    feed = ProgressFeed(topic.publish, first, is_ours, 0.05)
+    while not topic.events:  # noqa: ASYNC110 - the feed speaks by itself
+        await asyncio.sleep(0)
+    time.sleep(0.1)  # noqa: ASYNC251 - this process stands still
+    await feed.close(phase="ended", status="completed")
+    assert (topic.events[-1].phase == "ended") is ours

@@ -32,11 +32,20 @@ class ProgressFeed:
     Args:
         publish: sends one event; its failure is logged and forgotten, progress never fails a job.
         first: the job's first event; later ones repeat what is still true of it.
+        is_ours: whether the run is still this worker's; asked before speaking after a long silence.
+        silence_seconds: so long a silence may mean that this process stood still and another one has the run.
 
     """
 
-    def __init__(self, publish: Callable[[TrainProgress], Awaitable[None]], first: TrainProgress) -> None:
-        self._publish = publish
+    def __init__(
+        self,
+        publish: Callable[[TrainProgress], Awaitable[None]],
+        first: TrainProgress,
+        is_ours: Callable[[], Awaitable[bool]] | None = None,
+        silence_seconds: float = float("inf"),
+    ) -> None:
+        self._publish, self._is_ours, self._silence = publish, is_ours, silence_seconds
+        self._awake_at, self._doubtful = asyncio.get_running_loop().time(), False
         self._first = first.model_dump(exclude={"time"})
         self._state = dict(self._first)
         self._sent_at = float("-inf")
@@ -52,6 +61,7 @@ class ProgressFeed:
 
     def say(self, **changes: Any) -> None:
         """Something has changed; it is published now, or when a second has passed since the last time."""
+        self._wake()
         self._state |= changes
         self._unsaid = True
         if self._speaking is None or self._speaking.done():
@@ -104,11 +114,26 @@ class ProgressFeed:
             await self._publish_current()
 
     async def _publish_current(self) -> None:
+        self._wake()
+        self._published = False
+        if not await self._may_speak():
+            return
         event = self.current
         self._state["unknown_fields"] = []  # named once, in the first event
-        self._published = False
         try:
             await self._publish(event)
             self._published = True
         except Exception as error:
             logger.warning("progress of %s was not published: %s", event.job_id, type(error).__name__)
+
+    def _wake(self) -> None:
+        now = asyncio.get_running_loop().time()
+        self._doubtful |= now - self._awake_at > self._silence
+        self._awake_at = now
+
+    async def _may_speak(self) -> bool:
+        """A worker that stood still must not speak over its successor: the topic keeps the latest word for ever."""
+        if self._doubtful and self._is_ours is not None:
+            self._doubtful = not await self._is_ours()
+            return not self._doubtful
+        return True

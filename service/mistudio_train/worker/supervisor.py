@@ -165,7 +165,9 @@ class Supervisor:
         logger.info("job %s run %d attempt %d begins", record.job_id, record.run, claim.attempt)
         folder = self._settings.workspaces / f"{record.job_id}-r{record.run}-a{claim.attempt}"
         workspace = await asyncio.to_thread(Workspace, folder)
-        feed = ProgressFeed(self._publish_progress, self._first_event(claim, intake))
+        silence = self._settings.kafka_session_timeout_ms / 2000
+        first = self._first_event(claim, intake)
+        feed = ProgressFeed(self._publish_progress, first, lambda: self._is_ours(running), silence)
         running = Running(message, intake, claim, feed, orders, folder)
         self._obedience.running.add(running)
         try:
@@ -178,6 +180,14 @@ class Supervisor:
             self._obedience.running.discard(running)
             await asyncio.to_thread(workspace.remove)
         await self._conclude(delivery, running, event)
+
+    async def _is_ours(self, running: Running) -> bool:
+        try:
+            await asyncio.to_thread(self._register.require_ours, running.claim)
+        except (RunLost, StoreUnavailable) as error:
+            logger.info("job %s: nothing is said of it: %s", running.intake.job_id, error)
+            return False
+        return True
 
     async def _end_of(self, running: Running) -> Terminal:
         """How the run ends.
