@@ -22,7 +22,7 @@ CREATE = "$(PYTHON)" -m venv $(VENV)
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
-.PHONY: help demo test test-containers chaos chaos-points check stack stack-down up down schemas
+.PHONY: help demo test test-containers chaos chaos-points bench-queue bench-long-job bench-fuzz bench-outages check stack stack-down up down schemas
 
 help: ## What there is
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -66,6 +66,18 @@ down: ## End them; their data stays
 
 schemas: $(DEMO) ## Write the contract's JSON Schemas
 	$(BIN)/python -m mistudio_schemas schemas/json
+
+bench-queue: $(DEV) ## Run benchmarks/job_queue.py (as queue.py it would hide the standard library's module)
+	$(BIN)/python -m benchmarks.job_queue
+
+bench-long-job: $(DEV) ## Run benchmarks/long_job.py; MINUTES=10 that the job takes
+	$(BIN)/python -m benchmarks.long_job --minutes $(or $(MINUTES),10)
+
+bench-fuzz: $(DEV) ## Run benchmarks/fuzz.py; MESSAGES=2000 that are sent
+	$(BIN)/python -m benchmarks.fuzz --messages $(or $(MESSAGES),2000)
+
+bench-outages: $(DEV) ## Run benchmarks/outages.py; SECONDS=60 that a server is away
+	$(BIN)/python -m benchmarks.outages --seconds $(or $(SECONDS),60)
 
 bench-%: $(DEV) ## Run benchmarks/%.py
 	$(BIN)/python benchmarks/$*.py

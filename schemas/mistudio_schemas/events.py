@@ -204,6 +204,8 @@ class TrainCompleted(StatusFields):
     """Every object of the run but the manifest."""
     bundle_rows: int
     """Rows in the primary bundle; fewer than the texts when its size limit was reached."""
+    reused_from: str | None = None
+    """`job/run` whose result this is, because it was asked for the same; `null`: this run's own."""
     stopped_early: bool = False
     """Somebody asked for the result before training was over."""
     warnings: list[str] = []

@@ -151,14 +151,16 @@ class TrainRequested(Contract):
     @field_validator("max_epochs")
     @classmethod
     def _max_epochs(cls, value: int, info: ValidationInfo) -> int:
-        if not 1 <= value <= (top := limits_of(info).max_epochs):
+        top = limits_of(info).max_epochs
+        if not 1 <= value <= top:
             raise ValueError(f"Maximum epochs must be between 1 and {top}")
         return value
 
     @field_validator("max_sequence_length")
     @classmethod
     def _max_sequence_length(cls, value: int, info: ValidationInfo) -> int:
-        if not 4 <= value <= (top := limits_of(info).max_sequence_length):
+        top = limits_of(info).max_sequence_length
+        if not 4 <= value <= top:
             raise ValueError(f"Maximum sequence length must be between 4 and {top}")
         return value
 

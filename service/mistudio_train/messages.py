@@ -56,6 +56,8 @@ class JobSpec:
     logging: Logging = Logging()
     checkpoint_seconds: float = 60.0
     """Between two checkpoints at least; longer where one takes more than 2% of the time."""
+    identify: bool = False
+    """Say which result it will be, before the work begins."""
     model_commit: str | None = None
     """What `model_revision` meant at the run's first attempt; `None`: it has not been resolved yet."""
 
@@ -112,6 +114,13 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Identified:
+    """Child to parent: what the result will be the result of, as one name; said where the spec asks for it."""
+
+    identity: str
+
+
+@dataclass(frozen=True)
 class Saved:
     """Child to parent: a checkpoint is whole on disk, and `checkpoints/{number:06d}.json` names its files."""
 
@@ -156,7 +165,7 @@ class Failed:
     traceback: list[str] = field(default_factory=list)
 
 
-ChildMessage = Progress | Loaded | Saved | Warned | Finished | Left | Failed
+ChildMessage = Progress | Loaded | Identified | Saved | Warned | Finished | Left | Failed
 Wish = Literal["stop", "leave"]
 """Parent to child: `stop`, train no more and deliver what there is; `leave`, save a checkpoint and end."""
 

@@ -96,6 +96,8 @@ class Settings(BaseSettings):
     """Of a worker that is told to stop: time to save its jobs' checkpoints. Below the time after which it is killed."""
     checkpoint_seconds: float = Field(60.0, ge=0)
     """Between two checkpoints at least; longer where saving one takes more than 2% of the time."""
+    reuse_results: bool = False
+    """Answer a request that is identical to an earlier one, model and corpus included, by the earlier one's result."""
     bundle_max_bytes: int = Field(4 * GIB, ge=1)
     """Size limit of `feature_activations.pt`."""
     limits: Limits = Limits()

@@ -19,7 +19,7 @@ from .world import World, a_base, a_world
 
 OUTSTANDING = 6
 """Jobs that wait or run at any time."""
-END_SECONDS = 300.0
+END_SECONDS = 900.0
 """In which all jobs end when nothing dies any more."""
 
 

@@ -11,13 +11,16 @@ from mistudio_schemas import Contract, parse_event
 from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
 from mistudio_train.worker.app import build_app
+from mistudio_train.worker.assignor import BusyAwareAssignor
 from mistudio_train.worker.child_main import Job, train
 
 
 @asynccontextmanager
-async def running_worker(settings: Settings, job: Job = train) -> AsyncIterator[None]:
+async def running_worker(
+    settings: Settings, job: Job = train, assignor: Callable[[Any], Any] = BusyAwareAssignor
+) -> AsyncIterator[None]:
     """The worker, from when it has joined its group until the block ends; its HTTP port is not served."""
-    app, started = build_app(settings, job), asyncio.Event()
+    app, started = build_app(settings, job, assignor), asyncio.Event()
     app.after_startup(started.set)
     async with app.start_lifespan_context():
         await started.wait()

@@ -1,5 +1,7 @@
 """What a child may do to its parent, each a job in a few lines, run by real child processes."""
 
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -7,11 +9,13 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
-from mistudio_schemas import CorpusInfo, ModelInfo, SAEMetrics, SAEResult
+from mistudio_schemas import CorpusInfo, ModelInfo, Phase, SAEMetrics, SAEResult
 from mistudio_train.errors import CorpusRefused
-from mistudio_train.messages import ChildMessage, Finished, JobSpec, Parent, Progress
-from mistudio_train.worker.child_main import train
+from mistudio_train.messages import ChildMessage, Finished, Identified, JobSpec, LeftEarly, Parent, Progress, Saved
+from mistudio_train.worker.child_main import Job, train
 
 Send = Callable[[ChildMessage], None]
 
@@ -128,3 +132,69 @@ def outlives(spec: JobSpec, send: Send) -> Finished:
     send(Progress("training", str(os.getpid()), 0.1))
     threading.Event().wait()
     return finished()
+
+
+def counts(spec: JobSpec, parent: Parent) -> Finished:
+    """Training in small: a step every 20 ms up to 100, a checkpoint after every tenth and when it leaves."""
+    step = max((int(path.read_text()) for path in spec.checkpoints.glob("*.step")), default=0)
+    while step < 100 and parent.wish != "stop":
+        if parent.wish == "leave":
+            save(spec, parent, step)
+            raise LeftEarly
+        step += 1
+        parent(Progress("training", "counting", step / 100, step=step, total_steps=100))
+        if step % 10 == 0:
+            save(spec, parent, step)
+        threading.Event().wait(0.02)
+    return replace(works(spec, parent), stopped_early=parent.wish == "stop")
+
+
+def save(spec: JobSpec, parent: Parent, step: int) -> None:
+    """A checkpoint as the real work announces it."""
+    spec.checkpoints.mkdir(exist_ok=True)
+    number = max((int(path.stem) for path in spec.checkpoints.glob("*.json")), default=0) + 1
+    name, data = f"checkpoints/{number:06d}.step", str(step).encode()
+    (spec.workspace / name).write_bytes(data)
+    ref = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (spec.checkpoints / f"{number:06d}.json").write_text(json.dumps({"number": number, "files": {name: ref}}))
+    parent(Saved(number))
+
+
+def waits_in(phase: Phase) -> Job:
+    """A job that waits in a phase until it is ended, and in training until it is asked to end."""
+    return partial(_waits, phase)
+
+
+def _waits(phase: Phase, spec: JobSpec, parent: Parent) -> Finished:
+    while True:
+        parent(Progress(phase, f"waiting while {phase}", 0.3))
+        if parent.wish is not None and phase == "extracting":
+            raise LeftEarly
+        if parent.wish == "stop" and phase == "training":
+            return replace(works(spec, parent), stopped_early=True)
+        threading.Event().wait(0.05)
+
+
+def works_until_told(spec: JobSpec, send: Send) -> Finished:
+    """Leaves a mark beside the data folder when it begins, and ends when it finds the file `go` there."""
+    folder = spec.workspace.parents[3]
+    (folder / f"begun-{spec.job_id}-{os.getpid()}").touch()
+    send(Progress("training", "has begun", 0.1))
+    while not (folder / "go").exists():
+        threading.Event().wait(0.02)
+    return works(spec, send)
+
+
+def holds_up_only_the_first(spec: JobSpec, send: Send) -> Finished:
+    """The job named `long` works until told, every other one at once."""
+    return works_until_told(spec, send) if spec.job_id == "long" else works(spec, send)
+
+
+def is_always_the_same(spec: JobSpec, parent: Parent) -> Finished:
+    """Would give what every job of it gives; takes its time where it is asked to say so."""
+    parent(Progress("planning", "planning", 0.1))
+    if spec.identify:
+        parent(Identified("the-same"))
+        for _ in range(40):
+            threading.Event().wait(0.05)
+    return works(spec, parent)

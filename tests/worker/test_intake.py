@@ -62,6 +62,15 @@ def test_bytes_that_are_no_request_are_told_apart(value: bytes | None) -> None:
         read(message(value), Limits())
 
 
+def test_a_message_that_meets_a_defect_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def defect(*_: Any, **__: Any) -> None:
+        raise UnboundLocalError("top")
+
+    monkeypatch.setattr(TrainRequested, "model_validate", defect)
+    with pytest.raises(NotARequest, match="a defect of the worker: UnboundLocalError"):
+        read_json(SEED)
+
+
 def test_another_type_of_event_is_no_request() -> None:
     with pytest.raises(NotARequest, match=r"ce_type 'mistudio.train.requested.v9'"):
         read(message(json.dumps(SEED).encode(), (("ce_type", b"mistudio.train.requested.v9"),)), Limits())
@@ -95,6 +104,12 @@ def test_a_request_without_an_id_gets_the_same_one_when_delivered_again() -> Non
         ({"sae": {"kind": "magic"}}, ErrorCode.REQUEST_INVALID, "sae: Input tag 'magic'"),
         ({"job_id": "../x"}, ErrorCode.REQUEST_OUT_OF_RANGE, "job_id: letters"),
         ({"job_id": 5}, ErrorCode.REQUEST_OUT_OF_RANGE, "job_id: letters"),
+        ({"max_epochs": 0}, ErrorCode.REQUEST_OUT_OF_RANGE, "max_epochs: Maximum epochs must be between 1 and 100000"),
+        (
+            {"max_sequence_length": -1},
+            ErrorCode.REQUEST_OUT_OF_RANGE,
+            "max_sequence_length: Maximum sequence length must be between 4 and 131072",
+        ),
         ({"model_name": ""}, ErrorCode.REQUEST_OUT_OF_RANGE, "model_name: String should have at least 1 character"),
     ],
 )

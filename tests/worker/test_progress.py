@@ -60,6 +60,18 @@ async def test_the_last_word_is_said_again_until_it_is_published() -> None:
     assert (topic.events[-1].phase, topic.events[-1].status) == ("ended", "completed")
 
 
+async def test_the_last_word_waits_for_no_second_to_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "MIN_INTERVAL", 60.0)
+    topic = Topic()
+    feed = feed_of(topic)
+    while not topic.events:  # noqa: ASYNC110 - the feed speaks by itself
+        await asyncio.sleep(0)
+    feed.say(message="never said by itself")
+    async with asyncio.timeout(1):
+        await feed.close(status="failed")
+    assert [one.status for one in topic.events] == ["running", "failed"]
+
+
 async def test_a_topic_that_is_gone_does_not_hold_up_the_end() -> None:
     topic = Topic(failures=1000)
     await feed_of(topic).close(status="completed")

@@ -3,8 +3,8 @@
 import asyncio
 import json
 import logging
+import os
 import signal
-import sys
 from typing import Annotated
 
 import typer
@@ -22,13 +22,19 @@ commands = typer.Typer()
 def serve() -> None:
     """Be a worker: take requests from Kafka until told to stop. Waits for servers that are not up yet.
 
-    Exit status: 0 when it was told to stop, 2 for wrong settings.
+    SIGTERM or Ctrl-C: jobs save what they have within GRACE_SECONDS, for the worker that goes on with them. A second
+    one ends all at once.
+
+    Exit status: 0 when it was told to stop, 2 for wrong settings, 128 + the signal's number at a second signal.
     """
     settings = load_settings()
     setup_logging(settings.logging)
     from mistudio_train.worker import app
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # the web server hands it on when all is closed in good order
+    # The web server hands the signal on when all is closed in good order. A thread may still wait for the store then,
+    # and Python would wait for the thread.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))
     asyncio.run(app.serve(settings))
 
 

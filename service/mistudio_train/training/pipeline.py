@@ -4,8 +4,6 @@ Reads top to bottom as the job goes; each step's substance is in its own module.
 """
 
 import ctypes
-import hashlib
-import json
 import os
 import shutil
 import time
@@ -28,6 +26,7 @@ from .checkpoints import Checkpoints, KeptTraining
 from .extract import Extraction, extract
 from .files import write_json
 from .fit import NothingTrained, fit
+from .identity import request_digest
 from .language_model import LanguageModel, is_out_of_memory, load
 from .memory_plan import GIB, MemoryPlan
 from .reporter import Reporter
@@ -92,11 +91,10 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
 def _fingerprint(job: Accepted) -> dict[str, object]:
     """Everything that the numbers depend on: what another one has kept is of no use here."""
     spec, plan = job.spec, job.plan
-    asked = spec.request.model_dump(mode="json", exclude={"job_id", "huggingface_token", "token_name", "gpu_id"})
     return {
         "version": __version__,
         "torch": torch.__version__,
-        "request": hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest(),
+        "request": request_digest(spec.request),
         "model": f"{job.source.name}@{job.source.commit}",
         "corpus": job.texts.sha256,
         "device": plan.device.partition(":")[0],

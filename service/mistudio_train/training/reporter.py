@@ -13,7 +13,7 @@ from typing import Any
 import psutil
 
 from mistudio_schemas import ModelInfo, Phase
-from mistudio_train.messages import ChildMessage, Loaded, Parent, Progress, Saved, Warned, Wish
+from mistudio_train.messages import ChildMessage, Identified, Loaded, Parent, Progress, Saved, Warned, Wish
 
 INTERVAL = 0.5
 """Seconds between two messages of the same phase."""
@@ -41,6 +41,10 @@ class Reporter:
     def wish(self) -> Wish | None:
         """What the parent wants by now, if anything."""
         return self._parent.wish
+
+    def identified(self, identity: str) -> None:
+        """It is known which result it will be."""
+        self._send(Identified(identity))
 
     def saved(self, number: int) -> None:
         """A checkpoint is whole."""

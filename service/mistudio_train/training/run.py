@@ -9,6 +9,7 @@ from mistudio_train.messages import Finished, JobSpec, Parent
 
 from .bundle_limits import refuse_hopeless
 from .corpus import open_corpus
+from .identity import identity_of
 from .memory_plan import MemoryPlan, plan_memory
 from .model_source import ModelSource, inspect
 from .reporter import Reporter
@@ -76,4 +77,7 @@ def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
     texts = open_corpus(spec.corpus, request.corpus_column, request.corpus_file, spec.scratch, on_texts)
     if request.token_budget is None:
         refuse_hopeless(spec, len(texts), source.d_in)
+    if spec.identify:
+        with reporter.one_call():
+            reporter.identified(identity_of(request, source, texts.sha256))
     return Accepted(spec, source, sites, plan, texts)

@@ -2,11 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import FrameType
 from typing import Any
 
+import uvicorn
 from aiokafka import TopicPartition
-from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 from aiokafka.errors import KafkaError
 from aiokafka.partitioner import DefaultPartitioner
 from faststream import AckPolicy
@@ -22,11 +26,12 @@ from mistudio_train.gpu import list_gpus
 from mistudio_train.settings import Settings
 
 from . import http, kafka
+from .assignor import BusyAwareAssignor
 from .backoff import backoff
 from .child_main import Job, train
-from .controls import Control, Controls
 from .devices import Devices
 from .metrics import Metrics
+from .nudge import Nudge
 from .records import read_any_header_name
 from .slots import Slot
 from .store import Store, open_store
@@ -41,12 +46,24 @@ bus_logger = logging.getLogger("mistudio_train.bus")
 bus_logger.setLevel(logging.ERROR)
 """FastStream's. Its "received" and "processed" the supervisor says better, and it warns of what is meant to be so."""
 
+THREADS_A_SLOT, MORE_THREADS = 8, 16
+"""Of blocking calls; those to a store that hangs keep theirs for minutes, and must leave some to the others."""
+LAST_CALLS_SECONDS = 1.0
+
 NO_POLL_LIMIT_MS = 2**31 - 1
 """A job may take days; that it moves is watched by its silence, not by the poll interval."""
 
 
-def build_app(settings: Settings, job: Job = train) -> AsgiFastStream:
-    """The worker's application, whose children do `job`. Nothing is connected before it starts."""
+def build_app(
+    settings: Settings, job: Job = train, assignor: Callable[[Slot], Any] = BusyAwareAssignor
+) -> AsgiFastStream:
+    """The worker's application. Nothing is connected before it starts.
+
+    Args:
+        job: what its children do.
+        assignor: makes a slot's; with one of aiokafka's, nobody nudges.
+
+    """
     read_any_header_name()
     store, metrics, ready = open_store(settings), Metrics(), asyncio.Event()
     broker = _broker(settings)
@@ -57,40 +74,36 @@ def build_app(settings: Settings, job: Job = train) -> AsgiFastStream:
         headers = {name: value.decode() for name, value in record.headers}
         await broker.publish(record.value, record.topic, key=record.key, headers=headers)
 
-    controls = Controls(settings, lambda control: acknowledge(control))
-    supervisor = Supervisor(settings, store, devices, metrics, controls, publish_progress, job)
-    slots = [Slot(number, supervisor, ready) for number in range(settings.max_concurrent_jobs)]
-    tasks: set[asyncio.Task[None]] = set()
-
-    def acknowledge(control: Control) -> None:
-        if not supervisor.on_control(control) and is_ours(control.job_id):
-            tasks.add(asyncio.create_task(supervisor.acknowledge_queued(control)))
-
-    def is_ours(job_id: str) -> bool:
+    def speaks_for(job_id: str) -> bool:
         """Of all workers one speaks for a job that none has begun: the one with the partition of its key."""
         numbers = list(range(settings.kafka_request_partitions))
         where = TopicPartition(settings.topics.requested, DefaultPartitioner()(job_id.encode(), numbers, numbers))
         return any(where in (slot.assigned or ()) for slot in slots)
 
-    for slot in slots:
-        _subscribe(broker, slot, settings)
+    supervisor = Supervisor(settings, store, devices, metrics, publish_progress, speaks_for, job)
+    slots = [Slot(number, supervisor, metrics, ready) for number in range(settings.max_concurrent_jobs)]
+    nudges = [_subscribe(broker, slot, settings, metrics, assignor(slot)) for slot in slots]
     _describe_outputs(broker, settings)
+    background: list[asyncio.Task[None]] = []
 
     async def prepare() -> None:
+        threads = THREADS_A_SLOT * settings.max_concurrent_jobs + MORE_THREADS
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(threads, "blocking"))
         await prepare_outside(settings, store)
         await asyncio.to_thread(remove_abandoned, settings.workspaces)
 
+    async def begin() -> None:
+        background.append(asyncio.create_task(supervisor.controls.follow()))
+        await supervisor.controls.caught_up()
+        ready.set()
+        background.extend(asyncio.create_task(nudge.watch()) for nudge in nudges if nudge)
+        logger.info("ready: %s reads %s", settings.worker_id, settings.topics.requested)
+
     async def stop_jobs() -> None:
         await asyncio.gather(*(slot.stop(settings.grace_seconds) for slot in slots))
-        for task in tasks:
+        for task in background:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def begin() -> None:
-        tasks.add(asyncio.create_task(controls.follow()))
-        await controls.caught_up()
-        ready.set()
-        logger.info("ready: %s reads %s", settings.worker_id, settings.topics.requested)
+        await asyncio.gather(*background, return_exceptions=True)
 
     return AsgiFastStream(
         broker,
@@ -118,10 +131,34 @@ async def prepare_outside(settings: Settings, store: Store) -> None:
     raise AssertionError("backoff has no end")
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, job: Job = train) -> None:
     """Run the worker until it is told to stop."""
-    options: dict[str, Any] = {"host": settings.api_host, "port": settings.api_port, "log_config": None}
-    await build_app(settings).run(log_level=logging.WARNING, run_extra_options=options)
+    config = uvicorn.Config(
+        build_app(settings, job),
+        host=settings.api_host,
+        port=settings.api_port,
+        log_config=None,
+        log_level=logging.WARNING,
+    )
+    await Server(config).serve()
+    # a call to a store that hangs cannot be called off, and Python would wait for its thread for minutes
+    end = threading.Timer(LAST_CALLS_SECONDS, os._exit, (0,))
+    end.daemon = True
+    end.start()
+
+
+class Server(uvicorn.Server):
+    """Ends the worker in good order at the first signal; at once at the second one, and while nothing has begun."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a SIGTERM or a SIGINT."""
+        if self.should_exit:
+            logger.warning("told to stop again: this worker ends at once; what its jobs have not saved is lost")
+            os._exit(128 + sig)
+        if not self.started:
+            os._exit(0)
+        logger.info("told to stop: jobs have some time to save what they have; a second signal ends all at once")
+        super().handle_exit(sig, frame)
 
 
 def _broker(settings: Settings) -> KafkaBroker:
@@ -137,7 +174,7 @@ def _broker(settings: Settings) -> KafkaBroker:
     )
 
 
-def _subscribe(broker: KafkaBroker, slot: Slot, settings: Settings) -> None:
+def _subscribe(broker: KafkaBroker, slot: Slot, settings: Settings, metrics: Metrics, assignor: Any) -> Nudge | None:
     """Give the slot a group member of its own. Bytes reach it as they are: what they mean, `intake` decides."""
     subscriber = broker.subscriber(
         settings.topics.requested,
@@ -150,7 +187,7 @@ def _subscribe(broker: KafkaBroker, slot: Slot, settings: Settings) -> None:
         session_timeout_ms=settings.kafka_session_timeout_ms,
         heartbeat_interval_ms=min(HEARTBEAT_MS, settings.kafka_session_timeout_ms // 3),
         max_partition_fetch_bytes=kafka.MAX_MESSAGE_BYTES,
-        partition_assignment_strategy=[RoundRobinPartitionAssignor],
+        partition_assignment_strategy=[assignor],
         listener=slot,
         parser=_raw_message,
         decoder=_raw_value,
@@ -162,6 +199,10 @@ def _subscribe(broker: KafkaBroker, slot: Slot, settings: Settings) -> None:
     async def on_message(body: Any, message: KafkaMessage) -> None:
         consumer: Any = subscriber.consumer
         await slot.on_message(message.raw_message, consumer)
+
+    if not isinstance(assignor, BusyAwareAssignor):
+        return None
+    return Nudge(slot, assignor, lambda: subscriber.consumer, metrics)
 
 
 async def _raw_message(record: Any, original: Any = None) -> KafkaMessage:

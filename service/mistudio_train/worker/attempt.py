@@ -8,15 +8,14 @@ import contextlib
 import errno
 import logging
 import shutil
-from collections.abc import Awaitable, Callable
+import threading
 from pathlib import Path
-from typing import Any
 
 from pydantic import SecretStr
 
 from mistudio_schemas import ArtifactRef, TrainCompleted, TrainRequested
-from mistudio_train.errors import ChildDied, DiskFull, RequestRefused
-from mistudio_train.messages import ChildMessage, Finished, JobSpec, Lease, LeftEarly, Loaded, Saved, Warned
+from mistudio_train.errors import ChildDied, DiskFull, RequestRefused, StoreUnavailable
+from mistudio_train.messages import ChildMessage, Finished, Identified, JobSpec, Lease, LeftEarly, Loaded, Saved, Warned
 from mistudio_train.settings import Settings
 
 from .artifacts import upload, write_manifest
@@ -27,17 +26,20 @@ from .corpora import fetch_corpus
 from .devices import Devices
 from .intake import Intake
 from .orders import Interrupted, Order
-from .outcome import completed
+from .outcome import completed, reused
+from .patience import patiently
 from .progress import CHILD_SHARE
 from .register import Register, RunLost
+from .reuse import find_result
 from .running import Running
 from .store import Store
 
 logger = logging.getLogger(__name__)
 
-Patiently = Callable[[Callable[[], Any]], Awaitable[Any]]
 SAVING_PHASES = ("extracting", "training")
 """In which a child that is to leave has something to save; in the others the last checkpoint is as good."""
+LINGER_SECONDS = 5.0
+"""That an attempt which is over waits for its thread to leave the store."""
 CHILDS_SHARE_OF_GRACE = 0.6
 """Of a leaving worker's time; the rest is for storing what the child has saved."""
 
@@ -52,18 +54,19 @@ class Attempt:
         register: Register,
         devices: Devices,
         running: Running,
-        patiently: Patiently,
         job: Job,
     ) -> None:
         self._settings, self._store, self._register, self._devices = settings, store, register, devices
-        self._running, self._patiently, self._job = running, patiently, job
+        self._running, self._job = running, job
         self._feed, self._workspace, self._claim = running.feed, running.workspace, running.claim
         assert running.intake.request is not None  # the supervisor has refused it otherwise
         self._request: TrainRequested = running.intake.request
         self._token = self._hub_token(running.intake)
         self._uploads: CheckpointUploads | None = None
-        self._keeping: asyncio.Task[None] | None = None
-        self._over = False
+        self._child: Child | None = None
+        self._earlier: TrainCompleted | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._over, self._storing = False, threading.Lock()
 
     async def run(self) -> TrainCompleted:
         """Do it.
@@ -82,41 +85,45 @@ class Attempt:
             raise
         finally:
             self._over = True
+            for task in self._tasks:
+                task.cancel()
+            # nothing is to be stored after what comes next, which may be the removal of all that was stored
+            await asyncio.to_thread(self._storing.acquire, timeout=LINGER_SECONDS)
 
     async def _run(self) -> TrainCompleted:
         await asyncio.to_thread(shutil.rmtree, self._workspace / "output", ignore_errors=True)
         corpus = await self._fetch_corpus()
         await self._restore()
         self._feed.say(message="waiting for a device")
+        who = self._running.who(self._settings.worker_id)
         async with self._devices.lease(self._request.gpu_id) as lease:
             finished = await self._train(self._spec(corpus, lease))
+        if isinstance(finished, TrainCompleted):
+            return reused(who, finished, seconds=self._claim.record.age_seconds())
         artifacts, manifest = await self._deliver_files()
         warnings, seconds = self._feed.current.warnings, self._claim.record.age_seconds()
-        who = self._running.who(self._settings.worker_id)
         return completed(who, finished, artifacts, manifest, warnings=warnings, seconds=seconds)
 
     async def _fetch_corpus(self) -> Path:
         self._feed.say(phase="fetching", message=f"fetching the corpus {self._request.corpus_file}")
         where = self._workspace / "corpus"
-        path: Path = await self._patiently(
-            lambda: fetch_corpus(self._request.corpus_file, where, self._settings, self._store)
-        )
-        return path
+        return await patiently(lambda: fetch_corpus(self._request.corpus_file, where, self._settings, self._store))
 
     async def _restore(self) -> None:
         """An earlier attempt's checkpoints: those of this worker are here, those of another one in the store."""
         if any((self._workspace / "checkpoints").glob("*.json")):
             return
         self._feed.say(message="looking for a checkpoint")
-        self._running.checkpoints = await self._patiently(lambda: restore(self._store, self._claim, self._workspace))
+        self._running.checkpoints = await patiently(lambda: restore(self._store, self._claim, self._workspace))
         if found := self._running.checkpoints:
             logger.info("job %s goes on from %s", self._claim.record.job_id, found[0].key)
             self._feed.say(last_checkpoint=self._store.uri(found[0].key))
 
-    async def _train(self, spec: JobSpec) -> Finished:
+    async def _train(self, spec: JobSpec) -> Finished | TrainCompleted:
+        """What the child has made, or the event of an earlier run that was asked for the same."""
         orders, stalls = self._running.orders, (self._settings.stall_seconds, self._settings.loading_stall_seconds)
         async with Child(spec, *stalls, self._job) as child, self._checkpoint_uploads(child) as uploads:
-            self._uploads = uploads
+            self._child, self._uploads = child, uploads
             logger.info("job %s: process %s on %s", spec.job_id, child.pid, _device(spec.lease))
             try:
                 with orders.attended(lambda order: self._obey(order, child)):
@@ -124,6 +131,8 @@ class Attempt:
             except (LeftEarly, ChildDied) as error:
                 if uploads.lost is not None:
                     raise uploads.lost from None
+                if self._earlier is not None and not orders.ending:
+                    return self._earlier
                 if isinstance(error, ChildDied) and not orders.ending:
                     raise
                 if "leave" in orders.given and not await uploads.flush(orders.deadline):
@@ -164,7 +173,10 @@ class Attempt:
             case Saved() if self._uploads is not None:
                 self._uploads.hear(message.number)
             case Loaded(commit=str(commit)) if self._claim.record.model_commit is None:
-                self._keeping = asyncio.create_task(self._keep_model_commit(commit))
+                self._tasks.append(asyncio.create_task(self._keep_model_commit(commit)))
+            case Identified():
+                self._running.identity = message.identity
+                self._tasks.append(asyncio.create_task(self._look_for_result(message.identity)))
             case _:
                 pass
         self._feed.hear(message)
@@ -173,7 +185,14 @@ class Attempt:
         """For the attempts to come; what keeps it from being written shows elsewhere."""
         with contextlib.suppress(RunLost):
             ours = self._running.claim
-            self._running.claim = await self._patiently(lambda: self._register.keep_model_commit(ours, commit))
+            self._running.claim = await patiently(lambda: self._register.keep_model_commit(ours, commit))
+
+    async def _look_for_result(self, identity: str) -> None:
+        """Before the child has done much: an earlier run may have been asked for the same."""
+        with contextlib.suppress(StoreUnavailable):
+            self._earlier = await asyncio.to_thread(find_result, self._store, identity)
+            if self._earlier is not None and self._child is not None:
+                self._child.kill()
 
     async def _deliver_files(self) -> tuple[list[ArtifactRef], ArtifactRef]:
         self._feed.say(phase="uploading", message="uploading the artifacts", progress=CHILD_SHARE)
@@ -185,9 +204,12 @@ class Attempt:
             share = CHILD_SHARE + (1 - CHILD_SHARE) * 0.9 * done / max(1, total)
             loop.call_soon_threadsafe(lambda: self._feed.say(progress=share))
 
-        output = self._workspace / "output"
-        artifacts = await self._patiently(lambda: upload(self._store, self._claim, output, on_progress))
-        manifest = await self._patiently(lambda: write_manifest(self._store, self._claim, artifacts))
+        def store() -> tuple[list[ArtifactRef], ArtifactRef]:
+            with self._storing:
+                artifacts = upload(self._store, self._claim, self._workspace / "output", on_progress)
+                return artifacts, write_manifest(self._store, self._claim, artifacts)
+
+        artifacts, manifest = await patiently(store)
         self._feed.say(phase="publishing", message="publishing the result")
         return artifacts, manifest
 
@@ -210,6 +232,7 @@ class Attempt:
             token=self._token.get_secret_value() if self._token else None,
             logging=settings.logging,
             checkpoint_seconds=self._request.checkpoint_seconds or settings.checkpoint_seconds,
+            identify=settings.reuse_results,
             model_commit=self._running.claim.record.model_commit,
         )
 

@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 KEPT = 2
 SHARE_OF_TIME = 0.02
 """Of the run that storing checkpoints may take."""
+LINGER_SECONDS = 5.0
+"""That is waited for a thread to leave the store."""
 PLACES = ("checkpoints/", "scratch/")
 """Where files of a checkpoint may lie in a workspace."""
 
@@ -59,7 +62,8 @@ def restore(store: Store, claim: Claim, workspace: Path) -> list[Stored]:
             found.append(stored)
         if len(found) == KEPT:
             break
-    for name, key in {name: key for stored in found for name, key in stored.files.items()}.items():
+    files = {name: key for stored in found[::-1] for name, key in stored.files.items()}  # the newest one's win
+    for name, key in files.items():
         try:
             store.get_file(key, workspace / name)
         except (NotFound, KeyRefused) as error:
@@ -127,6 +131,7 @@ class CheckpointUploads:
         self._newest = self._uploaded = 0
         self._wanted = asyncio.Event()
         self._busy = asyncio.Lock()
+        self._over, self._storing = False, threading.Lock()
         self._task: asyncio.Task[None] | None = None
         self.lost: RunLost | None = None
 
@@ -135,9 +140,12 @@ class CheckpointUploads:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        self._over = True
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
+        # nothing is to be stored after what comes next, which may be the removal of all that was stored
+        await asyncio.to_thread(self._storing.acquire, timeout=LINGER_SECONDS)
 
     @property
     def kept(self) -> list[Stored]:
@@ -197,6 +205,14 @@ class CheckpointUploads:
             return time.monotonic() - began
 
     def _upload(self, number: int) -> None:
+        with self._storing:
+            self._store_checkpoint(number)
+
+    def _require_time(self, _: int = 0) -> None:
+        if self._over:
+            raise StoreUnavailable("the child has ended, and so has the time for its checkpoint", "Nothing is lost.")
+
+    def _store_checkpoint(self, number: int) -> None:
         self._require_ours()
         index = (self._workspace / "checkpoints" / f"{number:06d}.json").read_text()
         sha256 = _sha256(index)
@@ -214,11 +230,12 @@ class CheckpointUploads:
             os.link(self._workspace / name, link)
         for name, link in links.items():
             there[name] = f"{self._prefix}files/{name}"
-            self._store.put_file(there[name], link)
+            self._store.put_file(there[name], link, on_bytes=self._require_time)
             link.unlink()
         files = {name: there[name] for name in sha256}
         stored = Stored(number, f"{self._prefix}{number:06d}.json", files, sha256)
         content = {"number": number, "index": index, "files": stored.files}
+        self._require_time()
         self._require_ours()  # else a successor's index would be younger and worth less
         self._store.put_bytes(stored.key, json.dumps(content).encode(), "application/json")
         self._prune(stored)

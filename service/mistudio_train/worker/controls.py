@@ -15,12 +15,14 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import KafkaError
 
 from mistudio_schemas import TrainControl, parse_event
+from mistudio_train.errors import brief
 from mistudio_train.settings import Settings
 
 from . import kafka
 from .backoff import backoff
 from .run_record import ObeyedControl, RunRecord
 
+NAME_CHARACTERS = 200
 logger = logging.getLogger(__name__)
 
 
@@ -36,7 +38,6 @@ class Control:
     run: int | None
     action: Literal["cancel", "stop"]
     requested_by: str | None = None
-    reason: str | None = None
 
     @property
     def obeyed(self) -> ObeyedControl:
@@ -161,6 +162,5 @@ def read(record: ConsumerRecord) -> Control | None:
         event.job_id,
         event.run,
         event.action,
-        event.requested_by,
-        event.reason,
+        brief(event.requested_by, NAME_CHARACTERS) if event.requested_by else None,
     )

@@ -1,5 +1,6 @@
 """What a message is: no request, a request that we cannot accept, or a request. Judges bytes only; asks nobody."""
 
+import logging
 import re
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,6 +12,8 @@ from mistudio_schemas import KINDS, ErrorCode, Limits, TrainRequested, header, r
 from mistudio_schemas.kafka import EVENT_TYPES
 from mistudio_schemas.requests import JobId
 from mistudio_train.errors import RequestRefused, brief
+
+logger = logging.getLogger(__name__)
 
 UNKNOWN_NAMED = 50
 """So many unknown fields are named."""
@@ -61,9 +64,22 @@ def read(message: Message, limits: Limits) -> Intake:
     """Read a message.
 
     Raises:
-        NotARequest: if it is no JSON object, is of another type, or names neither a model nor a corpus.
+        NotARequest: if it is no JSON object, is of another type, or names neither a model nor a corpus; or if a defect
+            of ours keeps it from being read: it would again, and for ever hold up what is queued behind it.
 
     """
+    try:
+        return _read(message, limits)
+    except NotARequest:
+        raise
+    except Exception as defect:
+        logger.exception("a defect keeps %s from being read", message.place)
+        raise NotARequest(
+            f"a defect of the worker: {type(defect).__name__}; publish it again to one without"
+        ) from defect
+
+
+def _read(message: Message, limits: Limits) -> Intake:
     raw = _object(message)
     job_id, valid = _job_id(raw.get("job_id"), message)
     request, refusal, token = None, None, None

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from mistudio_schemas import ArtifactRef, TrainCancelled, TrainCompleted, TrainFailed, TrainProgress
 from mistudio_train import __version__
@@ -59,6 +60,13 @@ def completed(
         stopped_early=finished.stopped_early,
         version=__version__,
     )
+
+
+def reused(who: Who, earlier: TrainCompleted, *, seconds: float) -> TrainCompleted:
+    """The event of a run that was asked for what an earlier one has given."""
+    of = f"{earlier.job_id}/{earlier.run}"
+    now = {"time": datetime.now(UTC), "message": f"the result of {of}: it was asked for the same"}
+    return earlier.model_copy(update=vars(who) | now | {"reused_from": of, "duration_seconds": seconds})
 
 
 def _thinned(value: object) -> object:

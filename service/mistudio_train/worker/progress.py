@@ -1,9 +1,10 @@
-"""A job's progress events: at most one a second, the latest always, and nothing that nobody said.
+"""A job's progress events: at most one a second, the latest always, the last at once, and nothing that nobody said.
 
 There is no heartbeat of the parent's own: while the child is silent, so is the topic, and a hung job looks hung.
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -50,6 +51,7 @@ class ProgressFeed:
         self._sent_at = float("-inf")
         self._unsaid = self._published = False
         self._speaking: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
         self.say()
 
     @property
@@ -64,6 +66,11 @@ class ProgressFeed:
         self._unsaid = True
         if self._speaking is None or self._speaking.done():
             self._speaking = asyncio.create_task(self._speak())
+
+    async def answer(self, **changes: Any) -> None:
+        """Something has changed because somebody asked for it: it is published now, however little time has passed."""
+        self._state |= changes
+        await self._publish_current()
 
     def begin_again(self, attempt: int) -> None:
         """A new attempt: what the former one's child has said is not true of it."""
@@ -88,7 +95,8 @@ class ProgressFeed:
                 pass
 
     async def close(self, **changes: Any) -> None:
-        """The last word; returns when it is published, or cannot be."""
+        """The last word, which waits for no second to pass; returns when it is published, or cannot be."""
+        self._closing.set()
         for _ in range(LAST_TRIES):
             self.say(**changes)
             assert self._speaking is not None  # `say` has just seen to it
@@ -99,19 +107,24 @@ class ProgressFeed:
 
     async def _speak(self) -> None:
         while self._unsaid:
-            loop = asyncio.get_running_loop()
-            await asyncio.sleep(max(0.0, self._sent_at + MIN_INTERVAL - loop.time()))
-            self._wake()
-            self._sent_at, self._unsaid, self._published = loop.time(), False, False
-            if not await self._may_speak():
-                continue
-            event = self.current
-            self._state["unknown_fields"] = []  # named once, in the first event
-            try:
-                await self._publish(event)
-                self._published = True
-            except Exception as error:
-                logger.warning("progress of %s was not published: %s", event.job_id, type(error).__name__)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(self._sent_at + MIN_INTERVAL):
+                    await self._closing.wait()
+            self._sent_at, self._unsaid = asyncio.get_running_loop().time(), False
+            await self._publish_current()
+
+    async def _publish_current(self) -> None:
+        self._wake()
+        self._published = False
+        if not await self._may_speak():
+            return
+        event = self.current
+        self._state["unknown_fields"] = []  # named once, in the first event
+        try:
+            await self._publish(event)
+            self._published = True
+        except Exception as error:
+            logger.warning("progress of %s was not published: %s", event.job_id, type(error).__name__)
 
     def _wake(self) -> None:
         now = asyncio.get_running_loop().time()

@@ -1,5 +1,6 @@
 """A run that a worker has taken on: all that is known of it, in one record that the supervisor's parts share."""
 
+import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,11 @@ class Running:
     """Held for as long as the run is."""
     checkpoints: list[Stored] = field(default_factory=list)
     """In the store, the newest first."""
+
+    identity: str | None = None
+    """Of its result, once the child has said it."""
+    heeding: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Controls are obeyed one after another."""
 
     def who(self, worker: str) -> Who:
         """Of which run and attempt events speak."""

@@ -19,10 +19,10 @@ NO_S3 = (InvalidResponseError, ElementTree.ParseError, ValueError)
 """What minio raises when an answer is not as it expects; the last two by accident."""
 
 _WORDS: dict[type[Exception], str] = {
+    NameResolutionError: "no host of that name",
+    NewConnectionError: "no connection",  # after what is derived from it, before what it is derived from
     ConnectTimeoutError: "no connection in time",
     ReadTimeoutError: "no answer in time",
-    NameResolutionError: "no host of that name",
-    NewConnectionError: "no connection",
     SSLError: "TLS failed",
 }
 
@@ -33,6 +33,8 @@ def reason_of(error: Exception) -> str:
         return error.code or "an error without a code"
     if isinstance(error, ServerError):
         return f"HTTP status {error.status_code}"
+    if isinstance(error, InvalidResponseError) and error._code >= 500:
+        return f"HTTP status {error._code}"
     if isinstance(error, NO_S3):
         return "an answer that is no S3"
     if isinstance(error, MaxRetryError) and isinstance(error.reason, HTTPError):

@@ -8,6 +8,7 @@ from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 
 from .delivery import Group
 from .intake import Message
+from .metrics import Metrics
 from .orders import Orders
 from .supervisor import Supervisor
 
@@ -18,28 +19,45 @@ class Slot(ConsumerRebalanceListener):  # type: ignore[misc]
     """Runs messages one after another; a partition that the group gives away takes its job with it.
 
     Args:
-        ready: set when all slots of this worker have joined; a job begun before would be moved by the next join.
+        ready: set when all slots of this worker have joined.
 
     """
 
-    def __init__(self, number: int, supervisor: Supervisor, ready: asyncio.Event) -> None:
-        self.number, self._supervisor, self._ready = number, supervisor, ready
+    def __init__(self, number: int, supervisor: Supervisor, metrics: Metrics, ready: asyncio.Event) -> None:
+        self.number, self._supervisor, self._metrics, self._ready = number, supervisor, metrics, ready
         self.assigned: frozenset[TopicPartition] | None = None
+        self.busy: TopicPartition | None = None
+        """Of the message at hand."""
+        self.begun = 0
+        """Messages so far."""
+        self.idle = asyncio.Event()
+        self.idle.set()
+        self._settled = asyncio.Event()
+        self._settled.set()
         self._stopping = False
-        self._busy: TopicPartition | None = None
         self._job: asyncio.Task[None] | None = None
         self._orders = Orders()
 
     async def on_message(self, record: ConsumerRecord, group: Group) -> None:
         """FastStream's handler; it returns when the message has ended or is no longer ours."""
-        await self._ready.wait()
-        self._busy = TopicPartition(record.topic, record.partition)
-        if self._stopping or self._busy not in group.assignment():
-            # FastStream hands over what it has fetched until it is stopped itself; the end of a later message would
-            # commit an offset beyond the job that has just been given back
-            return
+        self.busy = TopicPartition(record.topic, record.partition)
+        self.begun += 1
+        self.idle.clear()
+        try:
+            await self._ready.wait()
+            # a job begun while the group shares out its partitions would not be known to be running
+            await self._settled.wait()
+            if not self._stopping and self.busy in group.assignment():
+                await self._run(as_message(record), group)
+            # else FastStream hands over what it has fetched until it is stopped itself; the end of a later message
+            # would commit an offset beyond the job that has just been given back
+        finally:
+            self.busy = None
+            self.idle.set()
+
+    async def _run(self, message: Message, group: Group) -> None:
         self._orders = Orders()
-        self._job = asyncio.create_task(self._supervisor.handle(as_message(record), group, self._orders))
+        self._job = asyncio.create_task(self._supervisor.handle(message, group, self._orders))
         try:
             await asyncio.shield(self._job)
         except asyncio.CancelledError:
@@ -47,22 +65,27 @@ class Slot(ConsumerRebalanceListener):  # type: ignore[misc]
             if asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 raise
         finally:
-            self._job = self._busy = None
+            self._job = None
 
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         """Every rebalance names every partition here; only `on_partitions_assigned` tells which ones stay."""
+        self._settled.clear()
 
     async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """After a rebalance: a job whose partition is gone stops before anything is written."""
         self.assigned = frozenset(assigned)
+        self._metrics.rebalances.inc()
+        self._settled.set()
         logger.info("slot %d has %d partitions", self.number, len(self.assigned))
-        if self._job is not None and self._busy not in self.assigned:
-            logger.warning("slot %d has lost %s; its job stops here", self.number, self._busy)
+        if self._job is not None and self.busy not in self.assigned:
+            logger.warning("slot %d has lost %s; its job stops here", self.number, self.busy)
+            self._metrics.moved.inc()
             self._job.cancel()
 
     async def stop(self, seconds: float) -> None:
         """Begin no other job, and give the running one so long to leave; not committed, it is delivered again."""
         self._stopping = True
+        self._settled.set()
         if self._job is not None:
             self._orders.leave(seconds)
             await asyncio.wait({self._job}, timeout=seconds)

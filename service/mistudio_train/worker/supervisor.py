@@ -8,14 +8,12 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from functools import partial
 from traceback import format_exception
-from typing import TypeVar
 
 from aiokafka import TopicPartition
 from aiokafka.errors import KafkaError
 
-from mistudio_schemas import KafkaRecord, TrainProgress, record_for
+from mistudio_schemas import KafkaRecord, TrainCompleted, TrainProgress, record_for
 from mistudio_train.errors import ChildDied, JobError, StoreUnavailable
 from mistudio_train.settings import Settings
 
@@ -24,16 +22,19 @@ from .artifacts import remove_leftovers
 from .attempt import Attempt
 from .backoff import BACKOFF_SECONDS, backoff
 from .child_main import Job, train
-from .controls import Control, Controls
+from .controls import Controls
 from .dead_letter import dead_letter
 from .delivery import Delivery, Group, PartitionLost
 from .devices import Devices
 from .intake import Intake, Message, NotARequest
 from .metrics import Metrics
+from .obedience import Obedience
 from .orders import Interrupted, Orders
 from .outcome import cancelled, failed
+from .patience import patiently
 from .progress import ProgressFeed
 from .register import Claim, Register, RunLost
+from .reuse import keep_result
 from .run_record import MessageId, Terminal
 from .running import Running
 from .store import Store
@@ -42,15 +43,16 @@ from .workspace import Workspace
 logger = logging.getLogger(__name__)
 
 GIVE_BACK_SECONDS = 5.0
-T = TypeVar("T")
+RUN_LOST_SECONDS = 5.0
+"""Until a run that another worker has taken may be taken back, if the partition is still ours then."""
 
 
 class Supervisor:
     """Takes messages, one at a time a slot, to their ends.
 
     Args:
-        controls: what jobs are told from outside; `on_control` wants to hear of each.
         publish_progress: sends a progress event.
+        speaks_for: whether it is this worker, of all, that speaks for a job that none has begun.
         job: what a child does.
 
     """
@@ -61,15 +63,18 @@ class Supervisor:
         store: Store,
         devices: Devices,
         metrics: Metrics,
-        controls: Controls,
         publish_progress: Callable[[TrainProgress], Awaitable[None]],
+        speaks_for: Callable[[str], bool],
         job: Job = train,
     ) -> None:
         self._settings, self._store, self._devices, self._metrics = settings, store, devices, metrics
-        self._register, self._controls = Register(store), controls
-        self._publish_progress, self._job = publish_progress, job
-        self._running: set[Running] = set()
-        self._heeding: set[asyncio.Task[None]] = set()
+        self._register, self._publish_progress, self._job = Register(store), publish_progress, job
+        self._obedience = Obedience(settings, self._register, publish_progress, speaks_for)
+
+    @property
+    def controls(self) -> Controls:
+        """What jobs are told from outside; to be followed while the worker runs."""
+        return self._obedience.controls
 
     async def handle(self, message: Message, group: Group, orders: Orders) -> None:
         """Take a message to its end; returns when it is passed, or has been given to another worker."""
@@ -80,12 +85,16 @@ class Supervisor:
                     logger.info("%s is another worker's now", message.place)
                     return
                 try:
-                    await orders.interruptible(self._controls.caught_up())
+                    await orders.interruptible(self.controls.caught_up())
                     async with Delivery(self._settings, group, source, message.offset) as delivery:
                         await self._deliver(delivery, message, orders)
                         return
-                except (KafkaError, StoreUnavailable, RunLost) as error:
-                    logger.warning("%s has to wait %.0f s: %s", message.place, delay, error or type(error).__name__)
+                except RunLost as error:
+                    # most likely the group has given the partition away, and this worker is about to be told
+                    delay = max(delay, RUN_LOST_SECONDS)
+                    logger.warning("%s waits %.0f s: %s", message.place, delay, error)
+                except (KafkaError, StoreUnavailable) as error:
+                    logger.warning("%s waits %.0f s: %s", message.place, delay, error or type(error).__name__)
                 except (PartitionLost, Interrupted):
                     raise
                 except Exception:
@@ -97,29 +106,6 @@ class Supervisor:
         except Interrupted:
             logger.info("%s is given back: this worker leaves", message.place)
 
-    def on_control(self, control: Control) -> bool:
-        """Obey a control at once if it is for a run of this worker's; whether any run of the job is."""
-        runs = [running for running in self._running if running.intake.job_id == control.job_id]
-        for running in runs:
-            task = asyncio.create_task(self._heed_now(running))
-            self._heeding.add(task)
-            task.add_done_callback(self._heeding.discard)
-        return bool(runs)
-
-    async def acknowledge_queued(self, control: Control) -> None:
-        """Say of a job that no worker has ever taken that it is to be cancelled; whoever gets it will see to it."""
-        try:
-            if control.action != "cancel" or await asyncio.to_thread(self._has_begun, control.job_id):
-                return
-            who = control.requested_by or "somebody"
-            message = f"{who} has cancelled the job before a worker has taken it"
-            await self._publish_progress(TrainProgress(job_id=control.job_id, status="cancelling", message=message))
-        except Exception as error:
-            logger.warning("the cancellation of %s is not acknowledged: %s", control.job_id, error)
-
-    def _has_begun(self, job_id: str) -> bool:
-        return any(True for _ in self._register.runs(job_id))
-
     async def _deliver(self, delivery: Delivery, message: Message, orders: Orders) -> None:
         committed = await delivery.committed()
         if committed is not None and committed > message.offset:
@@ -128,7 +114,7 @@ class Supervisor:
         try:
             intake = reading.read(message, self._settings.limits)
         except NotARequest as reason:
-            return await self._dead_letter(delivery, message, reason, look_first=committed is None)
+            return await self._dead_letter(delivery, message, reason, committed)
         found = await self._find(message, intake)
         if found is None or found.record.state == "running":
             return await self._run(delivery, await self._claim(message, intake), message, intake, orders)
@@ -141,18 +127,21 @@ class Supervisor:
             return await delivery.skip()
         # Event and offset were committed together, so an offset below the event means that the group was set back.
         logger.info("job %s run %d is published: this is a replay", intake.job_id, found.record.run)
-        await self._patiently(lambda: self._register.published(found))
+        await patiently(lambda: self._register.published(found))
         return await self._run(delivery, await self._claim(message, intake), message, intake, orders)
 
     async def _dead_letter(
-        self, delivery: Delivery, message: Message, reason: NotARequest, *, look_first: bool
+        self, delivery: Delivery, message: Message, reason: NotARequest, committed: int | None
     ) -> None:
-        logger.warning("%s is no request (%s); it goes to the dead letters", message.place, reason)
-        self._metrics.dead_letters.inc()
         letter = dead_letter(message, reason, self._settings)
         place = await delivery.place(letter)
-        # of a group without offsets nobody knows what it has dead-lettered; the topic does
-        await delivery.finish(letter, replace(place, end_offset=0) if look_first else place, look_first=look_first)
+        if committed is None and await delivery.is_published(letter, replace(place, end_offset=0)):
+            logger.info("%s is a dead letter already; it is passed", message.place)
+            await delivery.skip()
+            return
+        logger.warning("%s is no request (%s); it goes to the dead letters", message.place, reason)
+        await delivery.finish(letter, place)
+        self._metrics.dead_letters.inc()
 
     async def _find(self, message: Message, intake: Intake) -> Claim | None:
         identity = MessageId.of(message, self._settings.kafka_group_id)
@@ -180,7 +169,7 @@ class Supervisor:
         first = self._first_event(claim, intake)
         feed = ProgressFeed(self._publish_progress, first, lambda: self._is_ours(running), silence)
         running = Running(message, intake, claim, feed, orders, folder)
-        self._running.add(running)
+        self._obedience.running.add(running)
         try:
             with self._metrics.running.track_inprogress():
                 event = await self._end_of(running)
@@ -188,7 +177,7 @@ class Supervisor:
             await asyncio.shield(self._give_back(running))
             raise
         finally:
-            self._running.discard(running)
+            self._obedience.running.discard(running)
             await asyncio.to_thread(workspace.remove)
         await self._conclude(delivery, running, event)
 
@@ -208,7 +197,7 @@ class Supervisor:
 
         """
         try:
-            await self._heed(running)
+            await self._obedience.heed(running)
             return await running.orders.interruptible(self._attempts(running))
         except Interrupted:
             if "leave" in running.orders.given:
@@ -219,8 +208,9 @@ class Supervisor:
         """Write the run's end into the register, and then into the topic."""
         place = await delivery.place(self._record(event, running.intake))
         ours = running.claim
-        claim = await self._patiently(lambda: self._register.finish(ours, event, place))
+        claim = await patiently(lambda: self._register.finish(ours, event, place))
         await self._finish(delivery, claim, running.intake)
+        await self._keep_for_reuse(running, event)
         self._metrics.ended.labels(event.status).inc()
         logger.info("job %s run %d is %s: %s", event.job_id, event.run, event.status, event.message)
         await running.feed.close(
@@ -230,6 +220,14 @@ class Supervisor:
             progress=event.progress,
             estimated_time_remaining=None,
         )
+
+    async def _keep_for_reuse(self, running: Running, event: Terminal) -> None:
+        if running.identity is None or not isinstance(event, TrainCompleted) or event.stopped_early:
+            return
+        try:
+            await asyncio.to_thread(keep_result, self._store, running.identity, event)
+        except StoreUnavailable as error:
+            logger.info("job %s: its result will not be found by identical requests: %s", event.job_id, error)
 
     async def _attempts(self, running: Running) -> Terminal:
         """Try until there is a result, an error that trying again does not mend, or no attempt left."""
@@ -271,39 +269,6 @@ class Supervisor:
         except (RunLost, StoreUnavailable, TimeoutError) as error:
             logger.info("job %s: its register does not say 'stopped': %s", running.intake.job_id, error)
 
-    async def _heed_now(self, running: Running) -> None:
-        try:
-            await self._heed(running)
-        except RunLost as error:
-            logger.info("a control comes too late: %s", error)
-        except Exception:
-            logger.exception("a defect keeps job %s from obeying a control", running.intake.job_id)
-
-    async def _heed(self, running: Running) -> None:
-        """Obey the controls that are for this run: those that an earlier attempt has noted, and those sent since."""
-        for control in await self._controls_for(running):
-            who = control.requested_by or "somebody"
-            if control.action == "cancel":
-                running.feed.say(status="cancelling", message=f"{who} has cancelled the job")
-            else:
-                running.feed.say(message=f"{who} wants what there is: training stops")
-            obey = partial(self._register.obey, running.claim, control.obeyed)
-            running.claim = await self._patiently(obey)
-            logger.info("job %s run %d: %s by %s", control.job_id, running.claim.record.run, control.action, who)
-        for done in running.claim.record.controls:
-            running.orders.give(done.action)
-
-    async def _controls_for(self, running: Running) -> list[Control]:
-        """Those that the run has not obeyed yet."""
-        controls = self._controls.of(running.intake.job_id)
-        if not controls:
-            return []
-        record = running.claim.record
-        runs = await self._patiently(lambda: [one.record for one in self._register.runs(record.job_id)])
-        others = [one for one in runs if one.run != record.run]
-        new = [one for one in controls if not any(one.obeyed.is_same(done) for done in record.controls)]
-        return [control for control in new if control.is_for(record, running.message.timestamp, others)]
-
     def _cancelled(self, running: Running) -> Terminal:
         controls = running.claim.record.controls
         last = next((one for one in controls if one.action == "cancel"), controls[-1] if controls else None)
@@ -316,13 +281,13 @@ class Supervisor:
 
     def _attempt(self, running: Running) -> Attempt:
         outside = self._settings, self._store, self._register, self._devices
-        return Attempt(*outside, running, self._patiently, self._job)
+        return Attempt(*outside, running, self._job)
 
     async def _failed_attempt(self, claim: Claim, error: JobError) -> Claim:
-        return await self._patiently(lambda: self._register.attempt_failed(claim, error.code, str(error)))
+        return await patiently(lambda: self._register.attempt_failed(claim, error.code, str(error)))
 
     async def _next_attempt(self, claim: Claim) -> Claim:
-        return await self._patiently(lambda: self._register.try_again(claim, self._settings.worker_id))
+        return await patiently(lambda: self._register.try_again(claim, self._settings.worker_id))
 
     def _first_event(self, claim: Claim, intake: Intake) -> TrainProgress:
         return TrainProgress(
@@ -344,22 +309,12 @@ class Supervisor:
     async def _finish(self, delivery: Delivery, claim: Claim, intake: Intake, *, look_first: bool = False) -> None:
         """Publish the end that the register holds: the run's first one, whoever else came to another."""
         event, place = claim.ended()
-        await self._patiently(lambda: remove_leftovers(self._store, claim))
+        await patiently(lambda: remove_leftovers(self._store, claim))
         await delivery.finish(self._record(event, intake), place, look_first=look_first)
         try:
             await asyncio.to_thread(self._register.published, claim)
         except (StoreUnavailable, RunLost) as error:
             logger.info("job %s: its register does not say 'published' yet: %s", claim.record.job_id, error)
-
-    async def _patiently(self, call: Callable[[], T]) -> T:
-        """A blocking call to the store, again and again while the store is away."""
-        for delay in backoff():
-            try:
-                return await asyncio.to_thread(call)
-            except StoreUnavailable as error:
-                logger.warning("the store does not answer, trying again in %.0f s: %s", delay, error)
-                await asyncio.sleep(delay)
-        raise AssertionError("backoff has no end")
 
 
 def _as_job_error(error: Exception) -> JobError:

@@ -1,0 +1,44 @@
+"""Which result a job will have, as one name: two jobs of the same identity give the same numbers on the same device.
+
+Reads model files and nothing else; knows no store, and not what is done with the name.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+
+from mistudio_schemas import TrainRequested
+from mistudio_train import __version__
+
+from .model_source import ModelSource
+
+NOT_OF_THE_RESULT = ("job_id", "huggingface_token", "token_name", "gpu_id", "checkpoint_seconds", "model_revision")
+"""Fields that name the job, or say how it is carried out; of the revision the commit counts."""
+
+
+def request_digest(request: TrainRequested) -> str:
+    """Of what the request asks for, less what does not show in the numbers."""
+    asked = request.model_dump(mode="json", exclude=set(NOT_OF_THE_RESULT))
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+
+
+def identity_of(request: TrainRequested, source: ModelSource, corpus_sha256: str) -> str:
+    """A sha256 over the request, the model with its tokenizer, the corpus and the version of the code.
+
+    A model on the hub counts by its commit; one in a folder by the content of every file, which takes as long as
+    reading it.
+    """
+    model = source.commit or _content(source)
+    parts = [request_digest(request), source.name, model, corpus_sha256, __version__]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _content(source: ModelSource) -> str:
+    assert source.folder is not None  # without a commit it is a folder
+    digests = {name: _digest(source.folder / name) for name in sorted(source.files)}
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

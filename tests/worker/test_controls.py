@@ -1,0 +1,109 @@
+"""Which run a control is for: one, and never one that was asked for after it; what is no control."""
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from aiokafka import ConsumerRecord
+
+from mistudio_schemas import TrainControl, TrainProgress, record_for
+from mistudio_train.settings import Settings
+from mistudio_train.worker.controls import Control, Controls, read
+from mistudio_train.worker.intake import Message
+from mistudio_train.worker.run_record import MessageId, RunRecord
+
+from .bus import publish
+
+HOUR = 3_600_000
+NOON = int(datetime(2026, 8, 2, 12, tzinfo=UTC).timestamp() * 1000)
+
+
+def control(at: int, run: int | None = None, offset: int = 0) -> Control:
+    return Control(0, offset, at, "job-1", run, "cancel", "ada")
+
+
+def run(number: int, asked: int, ended: int | None = None, offset: int | None = None, **changes: Any) -> RunRecord:
+    message = Message("train.requested", 0, number if offset is None else offset, asked, None, b"{}")
+    record = RunRecord.begun("job-1", number, MessageId.of(message, "group"), "worker")
+    created = datetime.fromtimestamp(asked / 1000, UTC)
+    if ended is not None:
+        last = record.attempts[-1].model_copy(update={"ended": datetime.fromtimestamp(ended / 1000, UTC)})
+        changes |= {"state": "finished", "attempts": (last,)}
+    return record.model_copy(update={"created": created} | changes)
+
+
+@pytest.mark.parametrize(
+    ("sent", "record", "others", "expected"),
+    [
+        (control(NOON), run(1, NOON - HOUR), [], True),
+        (control(NOON - HOUR), run(1, NOON), [], True),  # it has waited for the job
+        (control(NOON, run=1), run(1, NOON), [], True),
+        (control(NOON, run=2), run(1, NOON), [], False),
+        # sent while the first run went on, or after its end: not for one that was asked for later
+        (control(NOON), run(2, NOON + HOUR), [run(1, NOON - HOUR, NOON + 1)], False),
+        (control(NOON), run(2, NOON + HOUR), [run(1, NOON - 2 * HOUR, NOON - HOUR)], False),
+        # sent for the second one, which still waits
+        (control(NOON), run(2, NOON - 1), [run(1, NOON - 2 * HOUR, NOON - HOUR)], True),
+        (control(NOON, run=2), run(2, NOON + HOUR), [run(1, NOON - HOUR, NOON - 1)], True),
+        # the group was set back: the request is the old one, and only a control for the new run counts
+        (control(NOON), run(2, NOON - 3 * HOUR, offset=1, created=datetime.fromtimestamp(NOON / 1000 + 60, UTC)),
+         [run(1, NOON - 3 * HOUR, NOON - HOUR)], False),
+        (control(NOON + 2 * HOUR), run(2, NOON - 3 * HOUR, offset=1), [run(1, NOON - 3 * HOUR, NOON - HOUR)], True),
+    ],
+)  # fmt: skip
+def test_for_which_run(sent: Control, record: RunRecord, others: list[RunRecord], expected: bool) -> None:
+    assert sent.is_for(record, record.message.timestamp, others) is expected
+
+
+def test_it_acts_once() -> None:
+    sent = control(NOON)
+    first = run(1, NOON - HOUR).obeyed(sent.obeyed)
+    assert not sent.is_for(run(2, NOON - HOUR), NOON - HOUR, [first])
+    assert control(NOON, offset=1).is_for(run(2, NOON - HOUR), NOON - HOUR, [first])
+
+
+def test_a_run_that_has_ended_obeys_nothing() -> None:
+    ended = run(1, NOON, NOON + 1)
+    assert ended.obeyed(control(NOON).obeyed) is ended
+
+
+def record_of(value: bytes | None, headers: list[tuple[str, bytes]]) -> ConsumerRecord:
+    return ConsumerRecord("train.control", 0, 3, NOON, 0, None, value, None, 0, 0, tuple(headers))
+
+
+@pytest.mark.parametrize(
+    "value", [None, b"", b"\xff", b"[" * 100_000, b'{"job_id": "../x", "action": "cancel"}', b"{}"]
+)
+def test_what_is_no_control_is_passed_by(value: bytes | None, caplog: pytest.LogCaptureFixture) -> None:
+    headers = record_for(TrainControl(job_id="j", action="stop"), source="/t").headers
+    assert read(record_of(value, headers)) is None
+    assert read(record_of(value, [])) is None
+    assert "is no control" in caplog.text
+
+
+def test_an_event_of_another_kind_is_no_control() -> None:
+    said = record_for(TrainProgress(job_id="j", status="running"), source="/t")
+    assert read(record_of(said.value, said.headers)) is None
+
+
+async def test_everything_sent_before_is_known_once_it_has_caught_up(worker_settings: Settings) -> None:
+    sent = [TrainControl(job_id=f"job-{n % 7}", action="cancel", requested_by=f"u{n}") for n in range(500)]
+    topics = worker_settings.topics
+    await publish(worker_settings, *(record_for(one, source="/t", topics=topics).as_dict() for one in sent))
+    heard: list[Control] = []
+    controls = Controls(worker_settings, heard.append)
+    following = asyncio.create_task(controls.follow())
+    try:
+        async with asyncio.timeout(30):
+            await controls.caught_up()
+        assert [one.requested_by for one in controls.of("job-3")] == [f"u{n}" for n in range(3, 500, 7)]
+        assert heard == []  # old ones are not new
+        await publish(worker_settings, record_for(sent[0], source="/t", topics=topics).as_dict())
+        async with asyncio.timeout(30):
+            await controls.caught_up()
+        assert len(controls.of("job-0")) == 73
+        assert len(heard) == 1
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
