@@ -22,7 +22,7 @@ CREATE = "$(PYTHON)" -m venv $(VENV)
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
-.PHONY: help demo test test-containers chaos chaos-points bench-queue bench-long-job bench-fuzz bench-outages check stack stack-down up down schemas
+.PHONY: help demo test test-containers test-chaos chaos chaos-points bench-queue bench-long-job bench-fuzz bench-outages check stack stack-down up down schemas
 
 help: ## What there is
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,7 +32,11 @@ demo: $(DEMO) ## Train a sparse autoencoder on a real model, here, and look at i
 
 test: $(DEV) ## All tests that need no Docker engine, on a real Kafka and a real MinIO
 	$(BIN)/python -m mistudio_stack prepare
-	$(BIN)/python -m pytest -m "not containers"
+	$(BIN)/python -m pytest -m "not containers and not chaos"
+
+test-chaos: $(DEV) ## A short campaign of deaths, every named moment once, zombies
+	$(BIN)/python -m mistudio_stack prepare
+	$(BIN)/python -m pytest -m chaos
 
 test-containers: $(DEV) ## The tests that need a Docker engine
 	$(BIN)/python -m pytest -m containers

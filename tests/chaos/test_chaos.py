@@ -6,6 +6,8 @@ import pytest
 
 from .campaign import Plan, run
 
+pytestmark = pytest.mark.chaos
+
 SEED = 20
 
 

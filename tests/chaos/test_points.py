@@ -18,6 +18,8 @@ from .points import CHILD_POINTS, SIDES, WORKER_POINTS
 from .results import digests
 from .world import Base, World, a_base, until
 
+pytestmark = pytest.mark.chaos
+
 TIMES = int(os.environ.get("CHAOS_TIMES", "1"))
 LANES = 2
 KIND = "mean-standard"

@@ -10,6 +10,8 @@ from .checker import Checker
 from .conftest import lane
 from .world import Base, Worker, World, until
 
+pytestmark = pytest.mark.chaos
+
 KIND = "token-topk"
 STOPPED = (
     "nothing more is written for it",
