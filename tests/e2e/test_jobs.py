@@ -61,7 +61,7 @@ async def test_progress_comes_in_order_and_ends_as_the_job_did(world: World, job
     assert [one.progress for one in progress] == sorted(one.progress for one in progress)
     assert (progress[0].status, progress[-1].status, progress[-1].phase) == ("running", "completed", "ended")
     gaps = [(b.time - a.time).total_seconds() for a, b in itertools.pairwise(progress)]
-    assert all(gap > 0.9 for gap in gaps)
+    assert all(gap > 0.9 for gap in gaps[:-1]), "at most one a second, but for the last, which waits for nothing"
     assert all(one.model_info is not None for one in progress if one.phase == "training")
 
 
