@@ -17,6 +17,8 @@ from .outages import BROKER_MOMENTS, STORE_MOMENTS, Moment, Proxy, away, job_thr
 from .test_ends import request
 from .test_signals import environment, process, until_it_runs
 
+pytestmark = pytest.mark.chaos
+
 __all__ = ["environment"]
 
 SECONDS = 3.0
