@@ -157,8 +157,8 @@ class Server(uvicorn.Server):
             os._exit(128 + sig)
         if not self.started:
             os._exit(0)
+        super().handle_exit(sig, frame)  # before a word is said: the next signal may come on hearing it
         logger.info("told to stop: jobs have some time to save what they have; a second signal ends all at once")
-        super().handle_exit(sig, frame)
 
 
 def _broker(settings: Settings) -> KafkaBroker:
