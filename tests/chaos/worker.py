@@ -90,14 +90,14 @@ def main() -> None:
     threading.Thread(target=end_with_the_driver, daemon=True).start()
     settings = Settings()
     setup_logging(settings.logging)
-    from mistudio_train.worker import app, supervisor
+    from mistudio_train.worker import app, runner
 
     if nursery.ADDRESS in os.environ:
         nursery.use(os.environ[nursery.ADDRESS])
     settings.data_path.mkdir(parents=True, exist_ok=True)
     stage = points.Stage(settings.data_path / STAGE)
     points.set_in_worker(points.Passers(stage, points.Trapper(settings.data_path)))
-    vars(supervisor)["BACKOFF_SECONDS"] = RETRY_SECONDS
+    vars(runner)["BACKOFF_SECONDS"] = RETRY_SECONDS
     options: dict[str, Any] = {"host": settings.api_host, "port": settings.api_port, "log_config": None}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     asyncio.run(app.build_app(settings, job).run(log_level=30, run_extra_options=options))

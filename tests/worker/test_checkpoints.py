@@ -12,7 +12,7 @@ from mistudio_train.errors import StoreUnavailable
 from mistudio_train.worker.artifacts import remove_leftovers
 from mistudio_train.worker.checkpoints import CheckpointUploads, Stored, restore
 from mistudio_train.worker.intake import Message
-from mistudio_train.worker.register import Claim, Register, RunLost
+from mistudio_train.worker.register import Claim, MessageId, Register, RunLost
 from mistudio_train.worker.store import DirectoryStore, Store
 
 MESSAGE = Message("train.requested", 0, 7, 1_700_000_000_000, b"job-1", b"{}")
@@ -21,7 +21,7 @@ SHARD = "scratch/activations/1-resid_post/shard-00000.bin"
 
 @pytest.fixture
 def claim(store: Store) -> Claim:
-    return Register(store).claim("job-1", MESSAGE, "group", "worker-1")
+    return Register(store).create("job-1", MessageId.of(MESSAGE, "group"), "worker-1")
 
 
 def save(workspace: Path, number: int, files: dict[str, bytes]) -> None:
@@ -199,7 +199,7 @@ def away(tmp_path: Path) -> AwayTwice:
 
 
 async def test_a_store_that_is_away_is_waited_for(away: AwayTwice, tmp_path: Path) -> None:
-    claim = Register(away).claim("job-1", MESSAGE, "group", "worker-1")
+    claim = Register(away).create("job-1", MessageId.of(MESSAGE, "group"), "worker-1")
     save(tmp_path, 1, {SHARD: b"shard"})
     assert await Uploading(away, claim, tmp_path).store(1)
     assert away.refusals == 0

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from mistudio_schemas import KafkaRecord, header
 from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
 from mistudio_train.worker.dead_letter import dead_letter
-from mistudio_train.worker.delivery import Delivery, PartitionLost
+from mistudio_train.worker.delivery import Deliveries, Delivery, PartitionLost
 from mistudio_train.worker.intake import Message, NotARequest
 
 OFFSET = 0
@@ -25,8 +26,18 @@ class Worker:
         self.settings, self.consumer = settings, consumer
         self.source = TopicPartition(settings.topics.requested, 0)
 
-    def delivery(self) -> Delivery:
-        return Delivery(self.settings, self.consumer, self.source, OFFSET)
+    @asynccontextmanager
+    async def deliveries(self) -> AsyncIterator[Deliveries]:
+        deliveries = Deliveries(self.settings, self.consumer)
+        try:
+            yield deliveries
+        finally:
+            await deliveries.close()
+
+    @asynccontextmanager
+    async def delivery(self) -> AsyncIterator[Delivery]:
+        async with self.deliveries() as deliveries, Delivery(deliveries, self.source, OFFSET) as delivery:
+            yield delivery
 
     def record(self) -> KafkaRecord:
         return KafkaRecord(self.settings.topics.completed, b"job-1", b"{}", [("ce_id", b"id-1")])
@@ -96,6 +107,41 @@ async def test_a_fenced_worker_adds_nothing(worker: Worker) -> None:
         await owner.finish(record, place)
         await zombie.finish(record, place)  # the broker refuses it; the committed offset says that all is done
     assert len(await worker.published(record.topic)) == 1
+
+
+async def deliver(worker: Worker, deliveries: Deliveries, offset: int) -> AIOKafkaProducer:
+    """The producer that did it."""
+    async with Delivery(deliveries, worker.source, offset) as delivery:
+        record = replace(worker.record(), headers=[("ce_id", f"id-{offset}".encode())])
+        await delivery.finish(record, await delivery.place(record))
+        return deliveries.producer
+
+
+async def test_the_producer_is_kept_until_something_raises_a_doubt_of_it(worker: Worker) -> None:
+    async with worker.deliveries() as deliveries:
+        first = await deliver(worker, deliveries, 0)
+        assert await deliver(worker, deliveries, 1) is first
+        deliveries.doubt()
+        second = await deliver(worker, deliveries, 2)
+        assert second is not first
+        with pytest.raises(ZeroDivisionError):
+            async with Delivery(deliveries, worker.source, 3):
+                raise ZeroDivisionError
+        assert deliveries.producer is None
+        assert await deliver(worker, deliveries, 3) is not second
+        await deliveries.begin(TopicPartition(worker.source.topic, 1))
+        assert await deliver(worker, deliveries, 4) is not second
+    assert len(await worker.published(worker.record().topic)) == 5
+    assert await worker.committed() == 5
+
+
+async def test_a_kept_producer_that_was_fenced_meanwhile_adds_nothing(worker: Worker) -> None:
+    async with worker.deliveries() as zombies, worker.deliveries() as owners:
+        await deliver(worker, zombies, 0)
+        await deliver(worker, owners, 1)
+        await deliver(worker, zombies, 1)  # the broker refuses it; the committed offset says that all is done
+    assert len(await worker.published(worker.record().topic)) == 2
+    assert await worker.committed() == 2
 
 
 def raising_after(method: Callable[..., Awaitable[None]], times: int) -> Callable[..., Awaitable[None]]:

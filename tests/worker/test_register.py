@@ -119,22 +119,19 @@ class TestLifecycle:
 class TestWhichRun:
     """Redelivered, or run again."""
 
-    def test_a_message_that_is_new_begins_a_run(self, register: Register) -> None:
-        claim = register.claim("job", MESSAGE, "group", "w")
-        assert (claim.record.run, claim.attempt) == (1, 1)
-
     def test_a_running_one_is_taken_over(self, register: Register) -> None:
-        register.claim("job", MESSAGE, "group", "w1")
-        claim = register.claim("job", MESSAGE, "group", "w2")
+        claim = register.take_over(register.create("job", ID, "w1"), "w2")
         assert (claim.record.run, claim.attempt, outcomes(claim)) == (1, 2, ["abandoned", "running"])
+        assert register.find("job", ID) == claim
 
-    def test_an_ended_one_comes_back_to_be_published(self, register: Register) -> None:
-        ended = register.finish(register.claim("job", MESSAGE, "group", "w1"), failed(), PLACE)
-        assert register.claim("job", MESSAGE, "group", "w2") == ended
+    def test_an_ended_one_is_not(self, register: Register) -> None:
+        ended = register.finish(register.create("job", ID, "w1"), failed(), PLACE)
+        with pytest.raises(ValueError, match="has ended"):
+            register.take_over(ended, "w2")
 
     def test_a_published_one_is_run_again(self, register: Register) -> None:
-        register.published(register.finish(register.claim("job", MESSAGE, "group", "w1"), failed(), PLACE))
-        claim = register.claim("job", MESSAGE, "group", "w2")
+        register.published(register.finish(register.create("job", ID, "w1"), failed(), PLACE))
+        claim = register.create("job", ID, "w2")
         assert (claim.record.run, claim.attempt) == (2, 1)
         assert [run.record.run for run in register.runs("job")] == [2, 1]
 
@@ -149,9 +146,10 @@ class TestWhichRun:
         ],
     )
     def test_another_message_of_the_job_is_another_run(self, register: Register, other: Message) -> None:
-        register.claim("job", MESSAGE, "group", "w")
-        assert register.claim("job", other, "group", "w").record.run == 2
-        assert register.claim("job", MESSAGE, "group-2", "w").record.run == 3
+        register.create("job", ID, "w")
+        for run, identity in enumerate((MessageId.of(other, "group"), MessageId.of(MESSAGE, "group-2")), start=2):
+            assert register.find("job", identity) is None
+            assert register.create("job", identity, "w").record.run == run
 
     def test_runs_count_as_numbers_and_jobs_are_apart(self, register: Register) -> None:
         for offset in range(11):
@@ -316,7 +314,7 @@ class TestOtherVersions:
     def test_a_record_that_cannot_be_read_is_left_alone(self, register: Register, store: Store, data: bytes) -> None:
         store.put_bytes("jobs/job/runs/1/run.json", data)
         with pytest.raises(RecordUnreadable, match=r"runs/1/run\.json"):
-            register.claim("job", MESSAGE, "group", "w")
+            register.find("job", ID)
         assert [found.key for found in store.list("")] == ["jobs/job/runs/1/run.json"]
 
 

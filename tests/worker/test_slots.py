@@ -5,6 +5,7 @@ from typing import Any
 
 from aiokafka import ConsumerRecord, TopicPartition
 
+from mistudio_train.settings import Settings
 from mistudio_train.worker.metrics import Metrics
 from mistudio_train.worker.slots import Slot
 
@@ -25,7 +26,7 @@ class Supervisor:
         self.said: list[str] = []
         self.begun = asyncio.Event()
 
-    async def handle(self, message: Any, group: Any, orders: Any) -> None:
+    async def handle(self, message: Any, deliveries: Any, orders: Any) -> None:
         self.said.append(f"begins {message.offset}")
         self.begun.set()
         try:
@@ -41,7 +42,7 @@ def record(offset: int, partition: int = 0) -> ConsumerRecord:
 def slot_of(supervisor: Any) -> Slot:
     ready = asyncio.Event()
     ready.set()
-    return Slot(0, supervisor, Metrics(), ready)
+    return Slot(0, Settings(), supervisor, Metrics(), ready)
 
 
 async def test_a_stopped_slot_gives_its_job_back_and_passes_by_what_follows() -> None:

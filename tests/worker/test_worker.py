@@ -17,7 +17,7 @@ from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
 from mistudio_train.worker.child_main import Job
 from mistudio_train.worker.intake import Message
-from mistudio_train.worker.register import Register
+from mistudio_train.worker.register import MessageId, Register
 from mistudio_train.worker.store import open_store
 
 from . import jobs
@@ -127,8 +127,9 @@ async def test_a_run_whose_workers_died_as_often_as_it_may_fail_is_given_up(sett
     store = open_store(settings)
     store.ensure()
     register = Register(store)
-    for number in range(settings.max_attempts):
-        register.claim("job-1", message, settings.kafka_group_id, f"dead-worker-{number}")
+    claim = register.create("job-1", MessageId.of(message, settings.kafka_group_id), "dead-worker-1")
+    for number in range(2, settings.max_attempts + 1):
+        claim = register.take_over(claim, f"dead-worker-{number}")
     async with running_worker(settings, jobs.works), reading(settings, settings.topics.failed) as reader:
         (failed,) = events(await reader.of(settings.topics.failed, 1))
     assert isinstance(failed, TrainFailed)

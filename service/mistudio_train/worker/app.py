@@ -33,6 +33,7 @@ from .devices import Devices
 from .metrics import Metrics
 from .nudge import Nudge
 from .records import read_any_header_name
+from .runner import Runner
 from .slots import Slot
 from .store import Store, open_store
 from .supervisor import Supervisor
@@ -50,6 +51,8 @@ THREADS_A_SLOT, MORE_THREADS = 8, 16
 """Of blocking calls; those to a store that hangs keep theirs for minutes, and must leave some to the others."""
 LAST_CALLS_SECONDS = 1.0
 
+FETCH_BYTES = 256 * 1024
+"""That a slot has at hand; a larger message comes alone."""
 NO_POLL_LIMIT_MS = 2**31 - 1
 """A job may take days; that it moves is watched by its silence, not by the poll interval."""
 
@@ -80,8 +83,9 @@ def build_app(
         where = TopicPartition(settings.topics.requested, DefaultPartitioner()(job_id.encode(), numbers, numbers))
         return any(where in (slot.assigned or ()) for slot in slots)
 
-    supervisor = Supervisor(settings, store, devices, metrics, publish_progress, speaks_for, job)
-    slots = [Slot(number, supervisor, metrics, ready) for number in range(settings.max_concurrent_jobs)]
+    runner = Runner(settings, store, devices, metrics, publish_progress, speaks_for, job)
+    supervisor = Supervisor(settings, store, metrics, runner)
+    slots = [Slot(number, settings, supervisor, metrics, ready) for number in range(settings.max_concurrent_jobs)]
     nudges = [_subscribe(broker, slot, settings, metrics, assignor(slot)) for slot in slots]
     _describe_outputs(broker, settings)
     background: list[asyncio.Task[None]] = []
@@ -93,8 +97,8 @@ def build_app(
         await asyncio.to_thread(remove_abandoned, settings.workspaces)
 
     async def begin() -> None:
-        background.append(asyncio.create_task(supervisor.controls.follow()))
-        await supervisor.controls.caught_up()
+        background.append(asyncio.create_task(runner.controls.follow()))
+        await runner.controls.caught_up()
         ready.set()
         background.extend(asyncio.create_task(nudge.watch()) for nudge in nudges if nudge)
         logger.info("ready: %s reads %s", settings.worker_id, settings.topics.requested)
@@ -186,7 +190,8 @@ def _subscribe(broker: KafkaBroker, slot: Slot, settings: Settings, metrics: Met
         rebalance_timeout_ms=60_000,
         session_timeout_ms=settings.kafka_session_timeout_ms,
         heartbeat_interval_ms=min(HEARTBEAT_MS, settings.kafka_session_timeout_ms // 3),
-        max_partition_fetch_bytes=kafka.MAX_MESSAGE_BYTES,
+        fetch_max_bytes=FETCH_BYTES,
+        max_partition_fetch_bytes=FETCH_BYTES,
         partition_assignment_strategy=[assignor],
         listener=slot,
         parser=_raw_message,

@@ -81,7 +81,8 @@ class Controls:
         self._settings, self._on_control = settings, on_control
         self._of_job: dict[str, list[Control]] = defaultdict(list)
         self._next: dict[TopicPartition, int] = {}
-        self._consumer: AIOKafkaConsumer | None = None
+        self._asking: AIOKafkaConsumer | None = None
+        """Beside the reader, which answers no question while it waits for controls."""
         self._moved = asyncio.Condition()
         self._live = False
 
@@ -94,8 +95,12 @@ class Controls:
         waits = backoff()
         while True:
             try:
-                async with kafka.started(kafka.reader(self._settings)) as consumer:
+                async with (
+                    kafka.started(kafka.reader(self._settings)) as consumer,
+                    kafka.started(kafka.reader(self._settings)) as asking,
+                ):
                     await self._begin(consumer)
+                    self._asking = asking
                     waits = backoff()
                     while True:
                         for records in (await consumer.getmany(timeout_ms=1000)).values():
@@ -105,7 +110,7 @@ class Controls:
                 logger.warning("controls cannot be read (%s); again in %.0f s", type(error).__name__, delay)
                 await asyncio.sleep(delay)
             finally:
-                self._consumer = None
+                self._asking = None
 
     async def caught_up(self) -> None:
         """Until every control that was sent before this call has been read."""
@@ -116,9 +121,9 @@ class Controls:
 
     async def _ends(self) -> dict[TopicPartition, int]:
         for delay in backoff((0.1, 0.5, 1.0)):
-            if (consumer := self._consumer) is not None:
+            if (asking := self._asking) is not None:
                 with contextlib.suppress(KafkaError, OSError):  # `follow` says so, and begins again
-                    ends: dict[TopicPartition, int] = await consumer.end_offsets(list(consumer.assignment()))
+                    ends: dict[TopicPartition, int] = await asking.end_offsets(list(self._next))
                     return ends
             await asyncio.sleep(delay)
         raise AssertionError("backoff has no end")
@@ -131,7 +136,6 @@ class Controls:
         for place, begin in (await consumer.beginning_offsets(places)).items():
             self._next[place] = max(begin, self._next.get(place, 0))
             consumer.seek(place, self._next[place])
-        self._consumer = consumer
 
     async def _take(self, records: list[ConsumerRecord]) -> None:
         for record in records:

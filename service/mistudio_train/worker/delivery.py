@@ -1,8 +1,8 @@
 """One message's end: a record and the input offset, both or neither. Knows no job; see docs/architecture.md.
 
 The pattern is a transactional producer a partition, `{group}.{topic}.{partition}`: starting one fences whoever had the
-partition before and ends what it left open. A commit counts as done only when the committed offset reads back; after
-any error the outcome is unknown, and is looked up.
+partition before and ends what it left open. It is kept from one message to the next. A commit counts as done only when
+the committed offset reads back; after any error the outcome is unknown, and is looked up.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
-from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaError, KafkaTimeoutError
 from aiokafka.partitioner import DefaultPartitioner
 from aiokafka.structs import OffsetAndMetadata
@@ -70,33 +70,99 @@ def transactional_id(settings: Settings, source: TopicPartition) -> str:
     return f"{settings.kafka_group_id}.{source.topic}.{source.partition}"
 
 
+class Deliveries:
+    """A slot's deliveries, one after another, with one producer for as long as nothing raises a doubt of it.
+
+    Starting a producer takes longer than delivering with it, so the last one is kept for its partition's next message.
+    A reader is kept beside it: the group's consumer answers no question while it waits for messages.
+
+    Args:
+        group: the slot's consumer.
+
+    """
+
+    def __init__(self, settings: Settings, group: Group) -> None:
+        self.settings, self.group = settings, group
+        self.producer: AIOKafkaProducer | None = None
+        self._of: TopicPartition | None = None
+        self._doubted = False
+        self._reader: AIOKafkaConsumer | None = None
+
+    def doubt(self) -> None:
+        """Let the next message have a producer of its own: the group is shared out anew, and may have fenced this one.
+
+        A message under way keeps its producer: if its partition stays, nobody else has started one.
+        """
+        self._doubted = True
+
+    async def begin(self, source: TopicPartition) -> None:
+        """Have a producer for a message of this partition: the kept one, if it is the partition's."""
+        if self.producer is None or self._of != source or self._doubted:
+            await self.begin_anew(source)
+
+    async def begin_anew(self, source: TopicPartition) -> None:
+        """Start a producer: all that others have left open of this partition is over then."""
+        await self.drop_producer()
+        self._doubted = False
+        name = transactional_id(self.settings, source) if self.settings.kafka_transactions else None
+        self.producer, self._of = await _start(kafka.producer(self.settings, name)), source
+
+    async def end_offset(self, where: TopicPartition) -> int:
+        """Where a partition of any topic ends now, or the first transaction begins that has not ended in it."""
+        if self._reader is None:
+            self._reader = await _start(kafka.reader(self.settings))
+        end: int = (await self._reader.end_offsets([where]))[where]
+        return end
+
+    async def drop_producer(self) -> None:
+        """End the producer, if there is one."""
+        producer, self.producer = self.producer, None
+        if producer is not None:
+            await kafka.close(producer)
+
+    async def close(self) -> None:
+        """End all clients."""
+        await self.drop_producer()
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            await kafka.close(reader)
+
+
 class Delivery:
     """The way of one message to its end, as an async context manager.
 
     Args:
-        group: the consumer that delivered the message.
+        deliveries: of the slot that has received the message.
         offset: the message's.
 
     """
 
-    def __init__(self, settings: Settings, group: Group, source: TopicPartition, offset: int) -> None:
-        self._settings, self._group, self._source, self._offset = settings, group, source, offset
-        self._id = transactional_id(settings, source)
-        self._producer: AIOKafkaProducer | None = None
+    def __init__(self, deliveries: Deliveries, source: TopicPartition, offset: int) -> None:
+        self._deliveries, self._source, self._offset = deliveries, source, offset
+        self._settings, self._group = deliveries.settings, deliveries.group
+        self._name = f"{source.topic}-{source.partition}@{offset}"
 
     async def __aenter__(self) -> Self:
-        await self._fresh_producer()
+        await self._deliveries.begin(self._source)
         return self
 
-    async def __aexit__(self, *exc: object) -> None:
-        await self._close_producer()
+    async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        if kind is not None:
+            await self._deliveries.close()
 
     async def committed(self) -> int | None:
-        """The partition's committed offset, `None` if the group has none; right only once the producer has started."""
+        """The partition's committed offset, `None` if the group has none.
+
+        A commit of the partition's former owner may be under way; after `end_others` it is not.
+        """
         return await self._group.committed(self._source)
 
+    async def end_others(self) -> None:
+        """Fence every other worker that ever had the partition, and see the end of what it has left open."""
+        await self._deliveries.begin_anew(self._source)
+
     async def is_done(self) -> bool:
-        """Whether the group has already passed this message; right only once the producer has started."""
+        """Whether the group has already passed this message."""
         committed = await self.committed()
         return committed is not None and committed > self._offset
 
@@ -114,18 +180,18 @@ class Delivery:
             try:
                 return await self._place(record)
             except (KafkaError, ConnectionError, TimeoutError) as error:
-                logger.warning("no place for the end of %s yet: %s; again in %.1f s", self._id, error, delay)
+                logger.warning("no place for the end of %s yet: %s; again in %.1f s", self._name, error, delay)
+                await self._deliveries.close()
             await asyncio.sleep(delay)
         raise AssertionError("backoff has no end")
 
     async def _place(self, record: KafkaRecord) -> Place:
-        if self._producer is None:
-            await self._fresh_producer()
+        if self._deliveries.producer is None:
+            await self.end_others()
         partitions = sorted(await self._require_producer().partitions_for(record.topic))
         partition = DefaultPartitioner()(record.key, partitions, partitions)
         where = TopicPartition(record.topic, partition)
-        async with kafka.started(kafka.reader(self._settings)) as reader:
-            return Place(record.topic, partition, (await reader.end_offsets([where]))[where])
+        return Place(record.topic, partition, await self._deliveries.end_offset(where))
 
     async def finish(self, record: KafkaRecord, place: Place, *, look_first: bool = False) -> None:
         """Publish `record` and pass the message, exactly once (at least once without transactions).
@@ -140,12 +206,12 @@ class Delivery:
 
         """
         if look_first:
-            await self._close_producer()
+            await self._deliveries.drop_producer()
         for delay in backoff(RETRY_SECONDS):
             if await self._try_to_finish(record, place):
                 return self.read_on()
             self._require_partition()
-            logger.warning("the end of %s is not confirmed; looking again in %.1f s", self._id, delay)
+            logger.warning("the end of %s is not confirmed; looking again in %.1f s", self._name, delay)
             await asyncio.sleep(delay)
         raise AssertionError("backoff has no end")
 
@@ -167,9 +233,9 @@ class Delivery:
 
     async def _try_to_finish(self, record: KafkaRecord, place: Place) -> bool:
         try:
-            if self._producer is None:
+            if self._deliveries.producer is None:
                 self._require_partition()  # else a zombie would fence the owner
-                await self._fresh_producer()
+                await self.end_others()
                 if await self.is_done():
                     return True
                 if self._settings.kafka_transactions:
@@ -182,8 +248,8 @@ class Delivery:
             return await self._reads_back()
         except (KafkaError, KafkaTimeoutError, AssertionError, ConnectionError, TimeoutError) as error:
             # aiokafka raises AssertionError from a producer that an earlier error has killed
-            logger.warning("unknown outcome on %s: %s", self._id, type(error).__name__)
-            await self._close_producer()
+            logger.warning("unknown outcome on %s: %s", self._name, type(error).__name__)
+            await self._deliveries.drop_producer()
             return False
 
     async def _commit(self, record: KafkaRecord | None, place: Place) -> None:
@@ -214,7 +280,7 @@ class Delivery:
                 while not await self.is_done():  # noqa: ASYNC110 - only the broker knows
                     await asyncio.sleep(0.02)
         except TimeoutError:
-            await self._close_producer()
+            await self._deliveries.drop_producer()
             return False
         return True
 
@@ -238,24 +304,10 @@ class Delivery:
         await producer.send_and_wait(place.topic, None, key=b"aborted", partition=place.partition)
         await producer.abort_transaction()
 
-    async def _fresh_producer(self) -> None:
-        producer = kafka.producer(self._settings, self._id if self._settings.kafka_transactions else None)
-        try:
-            await producer.start()
-        except BaseException:
-            await kafka.close(producer)
-            raise
-        self._producer = producer
-
-    async def _close_producer(self) -> None:
-        producer, self._producer = self._producer, None
-        if producer is not None:
-            await kafka.close(producer)
-
     def _require_producer(self) -> AIOKafkaProducer:
-        if self._producer is None:
+        if self._deliveries.producer is None:
             raise KafkaTimeoutError("no producer")
-        return self._producer
+        return self._deliveries.producer
 
     def _require_partition(self) -> None:
         if self._source not in self._group.assignment():
@@ -267,3 +319,13 @@ def _identity(headers: Iterable[tuple[str, bytes]]) -> tuple[str | None, ...]:
     newest_first = list(headers)[::-1]
     names = ("ce_id", *(f"kafka_dlt-original-{part}" for part in ("topic", "partition", "offset")))
     return tuple(header(newest_first, name) for name in names)
+
+
+async def _start(client: kafka.Client) -> kafka.Client:
+    """The client, started; one that cannot be is closed to its end."""
+    try:
+        await client.start()
+    except BaseException:
+        await kafka.close(client)
+        raise
+    return client

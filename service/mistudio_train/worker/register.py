@@ -11,7 +11,6 @@ from mistudio_schemas import ErrorCode
 from mistudio_train.errors import StoreUnavailable
 
 from .delivery import Place
-from .intake import Message
 from .objects import NotFound, Store
 from .run_record import Claim, MessageId, ObeyedControl, RunRecord, Terminal
 
@@ -46,23 +45,8 @@ class Register:
     def __init__(self, store: Store) -> None:
         self._store = store
 
-    def claim(self, job_id: str, message: Message, group: str, worker: str) -> Claim:
-        """The run that `message` is about: its own unpublished one, taken over if it runs, else a new one.
-
-        A run that has ended and is not known to be published comes back as it is.
-
-        Raises:
-            RunLost: if another worker has claimed it at the same moment.
-
-        """
-        identity = MessageId.of(message, group)
-        found = self.find(job_id, identity)
-        if found is None or found.record.published:
-            return self.create(job_id, identity, worker)
-        return self.take_over(found, worker) if found.record.state == "running" else found
-
     def find(self, job_id: str, message: MessageId) -> Claim | None:
-        """The newest run of that very message."""
+        """The newest run of that very message; another topic, group or publication of it is another message."""
         return next((claim for claim in self.runs(job_id) if claim.record.message == message), None)
 
     def runs(self, job_id: str) -> Iterator[Claim]:

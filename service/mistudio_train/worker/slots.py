@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 
-from .delivery import Group
+from mistudio_train.settings import Settings
+
+from .delivery import Deliveries, Group
 from .intake import Message
 from .metrics import Metrics
 from .orders import Orders
@@ -23,8 +25,11 @@ class Slot(ConsumerRebalanceListener):  # type: ignore[misc]
 
     """
 
-    def __init__(self, number: int, supervisor: Supervisor, metrics: Metrics, ready: asyncio.Event) -> None:
-        self.number, self._supervisor, self._metrics, self._ready = number, supervisor, metrics, ready
+    def __init__(
+        self, number: int, settings: Settings, supervisor: Supervisor, metrics: Metrics, ready: asyncio.Event
+    ) -> None:
+        self.number, self._settings, self._supervisor = number, settings, supervisor
+        self._metrics, self._ready = metrics, ready
         self.assigned: frozenset[TopicPartition] | None = None
         self.busy: TopicPartition | None = None
         """Of the message at hand."""
@@ -37,6 +42,7 @@ class Slot(ConsumerRebalanceListener):  # type: ignore[misc]
         self._stopping = False
         self._job: asyncio.Task[None] | None = None
         self._orders = Orders()
+        self._deliveries: Deliveries | None = None
 
     async def on_message(self, record: ConsumerRecord, group: Group) -> None:
         """FastStream's handler; it returns when the message has ended or is no longer ours."""
@@ -57,7 +63,9 @@ class Slot(ConsumerRebalanceListener):  # type: ignore[misc]
 
     async def _run(self, message: Message, group: Group) -> None:
         self._orders = Orders()
-        self._job = asyncio.create_task(self._supervisor.handle(message, group, self._orders))
+        if self._deliveries is None:
+            self._deliveries = Deliveries(self._settings, group)
+        self._job = asyncio.create_task(self._supervisor.handle(message, self._deliveries, self._orders))
         try:
             await asyncio.shield(self._job)
         except asyncio.CancelledError:
@@ -70,6 +78,8 @@ class Slot(ConsumerRebalanceListener):  # type: ignore[misc]
     async def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> None:
         """Every rebalance names every partition here; only `on_partitions_assigned` tells which ones stay."""
         self._settled.clear()
+        if self._deliveries is not None:
+            self._deliveries.doubt()
 
     async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
         """After a rebalance: a job whose partition is gone stops before anything is written."""
@@ -90,6 +100,8 @@ class Slot(ConsumerRebalanceListener):  # type: ignore[misc]
             self._orders.leave(seconds)
             await asyncio.wait({self._job}, timeout=seconds)
         await self._give_back()
+        if self._deliveries is not None:
+            await self._deliveries.close()
 
     async def _give_back(self) -> None:
         if self._job is not None:
