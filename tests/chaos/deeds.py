@@ -17,9 +17,21 @@ from . import points
 from .worker import Child
 from .world import CHILD_GONE_SECONDS, Worker, World, until
 
-TRAPPED = 0.3
-"""Share of workers that begin with a trap at a named point."""
-TRAP_VICTIMS = (*["worker"] * 5, "broker", "broker-soon")
+TRAPPED = 0.7
+"""Share of workers that begin with a trap at a named point: moments that are too short for chance to hit often."""
+EARLY_TRAPS = ("fetching:after", *(f"{phase}:after" for phase in points.PHASE_POINTS if phase != "training"))
+LATE_TRAPS = tuple(f"{point}:{side}" for point in points.POINTS for side in points.SIDES)
+TRAP_VICTIMS = (*["worker"] * 8, "broker", "broker-soon")
+STAGES = {
+    "fetching": ("accepting", "fetching", "planning"),
+    "loading": ("loading",),
+    "extracting": ("extracting",),
+    "training": ("training", "checkpoint", "checkpoint-upload"),
+    "exporting": ("evaluating", "exporting"),
+    "uploading": ("uploading", "upload", "object", "manifest:before"),
+    "delivering": ("publishing", "manifest:after", *points.BETWEEN_MANIFEST_AND_READ_BACK, "read-back:before"),
+}
+"""From phases and named points to what a worker does then; `delivering` is between manifest and read-back."""
 TAKEN_OVER_SECONDS = 20.0
 """Within this long another worker takes over what a frozen one had; else it just goes on."""
 KILLS = ("worker", "child", "both", "broker", "store")
@@ -43,11 +55,10 @@ class Deed:
         return self.kind in KILLS
 
     @property
-    def in_delivery(self) -> bool:
-        """Whether it was between manifest and read-back."""
-        point, _, side = self.phase.partition(":")
-        first, last = (point, side) == ("manifest", "after"), (point, side) == ("read-back", "before")
-        return first or last or point in points.BETWEEN_MANIFEST_AND_READ_BACK
+    def stage(self) -> str:
+        """What the victim was doing."""
+        names = self.phase, self.phase.partition(":")[0]
+        return next((stage for stage, phases in STAGES.items() if any(name in phases for name in names)), "idle")
 
 
 class Deeds:
@@ -254,13 +265,15 @@ class Deeds:
             if former is not None:
                 await self._see_off(former)
                 await asyncio.sleep(self._rng.uniform(0, self._restart_seconds))
-            trap = None
-            if not self._quiet and self._rng.random() < TRAPPED:
-                point, side = self._rng.choice(points.POINTS), self._rng.choice(points.SIDES)
-                trap = self._world.trap(point, side, self._rng.choice(TRAP_VICTIMS))
+            trap = None if self._quiet or self._rng.random() > TRAPPED else self._trap()
             self._world.start_worker(slot, trap, cold=self._rng.random() < self._cold)
         finally:
             self._starting.discard(slot)
+
+    def _trap(self) -> points.Trap:
+        moments = self._rng.choice((EARLY_TRAPS, LATE_TRAPS, LATE_TRAPS))
+        point, _, side = self._rng.choice(moments).partition(":")
+        return self._world.trap(point, side, self._rng.choice(TRAP_VICTIMS))
 
     async def _see_off(self, worker: Worker) -> None:
         """A worker that has died: why, and what it has left running."""

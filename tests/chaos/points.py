@@ -35,6 +35,7 @@ WORKER_POINTS = (
     "checkpoint-upload",
 )
 CHILD_POINTS = ("checkpoint",)  # the rename that makes a file of a checkpoint whole
+PHASE_POINTS = ("loading", "extracting", "training", "exporting")  # after: the child has said that it is there
 POINTS = WORKER_POINTS + CHILD_POINTS
 SIDES = ("before", "after")
 BETWEEN_MANIFEST_AND_READ_BACK = ("register", "begin", "send", "offsets", "commit", "answer")
@@ -169,6 +170,7 @@ def set_in_worker(trap: Passers) -> None:
 
     _wrap(attempt.Attempt, "run", trap, "attempt")
     _wrap_phases(attempt.Attempt, trap)
+    _wrap(attempt, "fetch_corpus", trap, "fetching")
     _wrap(attempt, "upload", trap, "upload")
     _wrap(attempt, "write_manifest", trap, "manifest")
     _wrap(S3Store, "put_file", trap, "object", lambda _store, key, *_, **__: "/checkpoints/" not in key)

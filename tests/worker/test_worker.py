@@ -138,9 +138,9 @@ async def test_a_run_whose_workers_died_as_often_as_it_may_fail_is_given_up(sett
 
 
 async def test_a_worker_that_is_told_to_stop_gives_its_run_back(settings: Settings) -> None:
-    topics = settings.topics
+    topics, hasty = settings.topics, settings.model_copy(update={"grace_seconds": 3.0})
     await publish(settings, request("job-1", settings))
-    async with running_worker(settings, jobs.goes_on), reading(settings, topics.progress) as reader:
+    async with running_worker(hasty, jobs.goes_on), reading(settings, topics.progress) as reader:
         await reader.until(lambda found: bool(found) and b'"training"' in found[-1].value)
     (claim,) = Register(open_store(settings)).runs("job-1")
     assert [attempt.outcome for attempt in claim.record.attempts] == ["stopped"]
