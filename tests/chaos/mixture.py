@@ -22,7 +22,7 @@ class Size:
     """Of silence, after which a worker has left its group."""
 
 
-SIZES = {"short": Size(40, 60, 5, 3), "long": Size(400, 2500, 120, 6)}
+SIZES = {"short": Size(40, 60, 5, 3), "long": Size(400, 1500, 38, 6)}
 
 
 def make_inputs(folder: Path, size: Size) -> None:
