@@ -113,6 +113,18 @@ class DiskFull(JobError):
     retryable = True
 
 
+class DiskLimit(DiskFull):
+    """The job takes more of the disk than the operator allows to one."""
+
+    retryable = False
+
+    def __init__(self, taken: int, limit: int) -> None:
+        super().__init__(
+            f"the job takes {taken / 1e9:.1f} GB of the worker's disk; {limit / 1e9:.1f} GB are the limit of one job",
+            "Ask for fewer tokens (token_budget) or layers, or have the operator raise WORKSPACE_MAX_BYTES.",
+        )
+
+
 class ChildDied(JobError):
     """The training process ended without a result or an error."""
 

@@ -49,6 +49,8 @@ class JobSpec:
     """Local folders that models may be loaded from."""
     allow_unsafe_models: bool = False
     """Pickled weights and remote code, off unless the operator wants them."""
+    workspace_max_bytes: int | None = None
+    """Of the disk that the job may take; `None`: what there is."""
     memory_limit_bytes: int | None = None
     """Upper bound of the child's memory; `None`: what the machine or its container has free."""
     token: str | None = field(default=None, repr=False)

@@ -71,6 +71,8 @@ class Settings(BaseSettings):
     """Share of a GPU's free memory that jobs may plan."""
     max_concurrent_jobs: int = Field(2, ge=1, le=64)
     """Slots; each runs one job at a time on its share of a GPU or of the CPU."""
+    workspace_max_bytes: int | None = Field(None, ge=1)
+    """Of the disk below `DATA_PATH` that one job may take; unset: what there is."""
     memory_limit_bytes: int | None = Field(None, ge=1)
     """Memory that all jobs on the CPU may use together; unset: what the machine or its container has free."""
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistudio_train.errors import DiskFull
-from mistudio_train.training.activations import ActivationStore, ActivationWriter, Layout
+from mistudio_train.errors import DiskFull, DiskLimit
+from mistudio_train.training.activations import ActivationStore, ActivationWriter, Layout, require_room
 from mistudio_train.training.disk import ArrayFile, ArrayWriter
 from mistudio_train.training.tokens import RowIndex
 
@@ -77,7 +77,25 @@ def test_a_row_that_is_not_there_is_an_error(tmp_path: Path, row: int) -> None:
 def test_a_full_disk_is_told_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=119))
     with pytest.raises(DiskFull, match="disk has"):
-        ActivationWriter(tmp_path, Layout(3, torch.float32, (0, 10)))
+        require_room(tmp_path, Layout(3, torch.float32, (0, 10)), 1, None)
+
+
+def test_the_activations_of_all_sites_count_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=239))
+    require_room(tmp_path, Layout(3, torch.float32, (0, 10)), 1, 239)
+    with pytest.raises(DiskFull, match="disk has"):
+        require_room(tmp_path, Layout(3, torch.float32, (0, 10)), 2, 240)
+    with pytest.raises(DiskLimit, match="are the limit of one job"):
+        require_room(tmp_path, Layout(3, torch.float32, (0, 10)), 2, 239)
+
+
+def test_what_is_there_already_needs_no_more_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = Layout(3, torch.float32, (0, 10))
+    writer = ActivationWriter(tmp_path / "1-resid_post", layout)
+    writer.write(0, torch.ones(10, 3))
+    writer.close()
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    require_room(tmp_path, layout, 1, 120)
 
 
 READ_ALL = """

@@ -72,6 +72,11 @@ def hangs(spec: JobSpec, send: Send) -> Finished:
     return finished()
 
 
+def fills_the_disk(spec: JobSpec, send: Send) -> Finished:
+    (spec.workspace / "scratch.bin").write_bytes(b"x" * 3 * 2**20)
+    return hangs(spec, send)
+
+
 def goes_on(spec: JobSpec, send: Send) -> Finished:
     """Moves for ever, and says its process id: for a process that is stopped from outside."""
     while True:

@@ -101,6 +101,15 @@ async def test_a_job_that_cannot_be_done_fails_with_its_code_and_a_hint(
     assert (failed.code, failed.attempts, bool(failed.message), bool(failed.hint)) == (code, 1, True, True)
 
 
+async def test_a_job_that_takes_more_of_the_disk_than_it_may_fails_and_leaves_nothing(settings: Settings) -> None:
+    limited = settings.model_copy(update={"workspace_max_bytes": 2 * 2**20})
+    (failed,) = await ends_of(limited, jobs.fills_the_disk, 1, request("job-1", settings))
+    assert isinstance(failed, TrainFailed)
+    assert (failed.code, failed.retryable, failed.attempts) == (ErrorCode.DISK_FULL, False, 1)
+    assert "WORKSPACE_MAX_BYTES" in failed.hint
+    assert not any(settings.workspaces.iterdir())
+
+
 async def test_a_request_out_of_range_fails_in_the_seeds_words(settings: Settings) -> None:
     raw = {"model_name": "m", "corpus_file": "corpus.txt", "job_id": "job-1", "hidden_dim": 1}
     record = {"topic": settings.topics.requested, "value": json.dumps(raw).encode()}

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mistudio_train.errors import DiskFull
+from mistudio_train.errors import DiskFull, DiskLimit
 
 from .disk import ArrayFile, disk_errors
 from .tokens import RowIndex
@@ -67,18 +67,34 @@ class Layout:
         return [os.open(self.path(folder, shard), flags, 0o600) for shard in range(self.shards)]
 
 
+def require_room(folder: Path, layout: Layout, sites: int, limit: int | None) -> None:
+    """See that the activations of all sites fit, before anything is computed.
+
+    Args:
+        folder: of the sites' folders; what an earlier attempt has left there needs no more room.
+        limit: bytes that the job may take of the disk.
+
+    Raises:
+        DiskFull: if the disk has not that much left.
+        DiskLimit: if the job may not take so much.
+
+    """
+    wanted, free = sites * layout.rows * layout.row_bytes, shutil.disk_usage(folder).free
+    there = sum(path.stat().st_blocks * 512 for path in folder.rglob("*.bin"))
+    if limit is not None and wanted > limit:
+        raise DiskLimit(wanted, limit)
+    if wanted - there > free:
+        raise DiskFull(
+            f"The activations take {wanted / 1e9:.1f} GB, the workspace's disk has {free / 1e9:.1f} GB left",
+            "Free space under DATA_PATH, or ask for fewer tokens (token_budget).",
+        )
+
+
 class ActivationWriter:
     """Writes rows of one site, in any order, each once; shards that are whole already stay as they are."""
 
     def __init__(self, folder: Path, layout: Layout) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        there = sum(path.stat().st_blocks * 512 for path in folder.iterdir())  # of an attempt that goes on here
-        wanted, free = layout.rows * layout.row_bytes - there, shutil.disk_usage(folder).free
-        if wanted > free:
-            raise DiskFull(
-                f"The activations take {wanted / 1e9:.1f} GB, the workspace's disk has {free / 1e9:.1f} GB left",
-                "Free space under DATA_PATH, or ask for fewer tokens (token_budget).",
-            )
         self.folder, self.layout = folder, layout
         self._shards = layout.open(folder, os.O_CREAT | os.O_WRONLY)
         for shard, file in enumerate(self._shards):

@@ -18,7 +18,7 @@ from torch import Tensor
 from mistudio_schemas import CorpusInfo, ErrorCode, TrainRequested
 from mistudio_train.errors import MemoryExhausted, ModelRefused
 
-from .activations import ActivationStore, ActivationWriter, Layout
+from .activations import ActivationStore, ActivationWriter, Layout, require_room
 from .language_model import LanguageModel, is_out_of_memory
 from .memory_plan import MemoryPlan
 from .sites import Site
@@ -75,6 +75,7 @@ def extract(
     kept: Kept,
     on_progress: OnProgress,
     on_tokenized: OnProgress = lambda done, total: None,
+    disk_limit: int | None = None,
 ) -> Extraction:
     """Run the corpus through the model.
 
@@ -88,19 +89,21 @@ def extract(
         kept: shards that an earlier attempt has made are not made again.
         on_progress: called after each forward pass with the tokens done and in all.
         on_tokenized: called while the corpus is tokenised, with texts done and in all.
+        disk_limit: bytes of the disk that activations may take.
 
     Raises:
         CorpusRefused: if the tokenizer makes nothing of the texts.
         RequestRefused: if the length limit leaves no room for text.
         MemoryExhausted: if a single sequence does not fit.
         ModelRefused: if activations are no finite numbers.
-        DiskFull: if the scratch disk has no room.
+        DiskFull: if the scratch disk has no room, or the activations of all sites are beyond the limit.
     """
     rules = rules_of(request, model.tokenizer, model.source.positions)
     tokens = tokenize(texts, model.tokenizer, rules, scratch / "tokens", on_tokenized)
     dtype = torch.float32 if rules.pooling == "mean" else model.dtype
     windows = _shards(tokens, model.d_in * dtype.itemsize)
     layout = Layout(model.d_in, dtype, tuple(_first_row(tokens, window) for window in windows))
+    require_room(scratch, layout, len(sites), disk_limit)
     writers = {site: ActivationWriter(scratch / "activations" / str(site), layout) for site in sites}
     run = _Run(model, tokens, writers, plan.tokens_per_batch, on_progress)
     try:

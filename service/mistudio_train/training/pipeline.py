@@ -159,7 +159,9 @@ def _extract(job: Accepted, model: LanguageModel, checkpoints: Checkpoints, repo
 
     reporter.enter("extracting", f"tokenising {len(job.texts)} texts", EXTRACTING)
     inputs = model, job.texts, job.spec.request, job.sites.distinct, job.plan
-    extraction = extract(*inputs, job.spec.scratch, checkpoints, on_progress, on_tokenized)
+    extraction = extract(
+        *inputs, job.spec.scratch, checkpoints, on_progress, on_tokenized, job.spec.workspace_max_bytes
+    )
     checkpoints.wait()
     if extraction.corpus.tokens_truncated:
         reporter.warn(f"{extraction.corpus.tokens_truncated} tokens lie beyond the length limit and were not read")

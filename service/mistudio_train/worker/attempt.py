@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from mistudio_schemas import ArtifactRef, TrainCompleted, TrainRequested
-from mistudio_train.errors import ChildDied, DiskFull, RequestRefused, StoreUnavailable
+from mistudio_train.errors import ChildDied, DiskFull, DiskLimit, RequestRefused, StoreUnavailable
 from mistudio_train.messages import ChildMessage, Finished, Identified, JobSpec, Lease, LeftEarly, Loaded, Saved, Warned
 from mistudio_train.settings import Settings
 
@@ -33,11 +33,14 @@ from .register import Register, RunLost
 from .reuse import find_result
 from .running import Running
 from .store import Store
+from .workspace import bytes_in
 
 logger = logging.getLogger(__name__)
 
 SAVING_PHASES = ("extracting", "training")
 """In which a child that is to leave has something to save; in the others the last checkpoint is as good."""
+DISK_SECONDS = 2.0
+"""Between two looks at what a job takes of the disk."""
 LINGER_SECONDS = 5.0
 """That an attempt which is over waits for its thread to leave the store."""
 CHILDS_SHARE_OF_GRACE = 0.6
@@ -65,6 +68,7 @@ class Attempt:
         self._uploads: CheckpointUploads | None = None
         self._child: Child | None = None
         self._earlier: TrainCompleted | None = None
+        self._too_large: DiskLimit | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._over, self._storing = False, threading.Lock()
 
@@ -125,10 +129,14 @@ class Attempt:
         async with Child(spec, *stalls, self._job) as child, self._checkpoint_uploads(child) as uploads:
             self._child, self._uploads = child, uploads
             logger.info("job %s: process %s on %s", spec.job_id, child.pid, _device(spec.lease))
+            if spec.workspace_max_bytes is not None:
+                self._tasks.append(asyncio.create_task(self._watch_disk(spec.workspace_max_bytes)))
             try:
                 with orders.attended(lambda order: self._obey(order, child)):
                     return await child.result(self._hear)
             except (LeftEarly, ChildDied) as error:
+                if self._too_large is not None:
+                    raise self._too_large from None
                 if uploads.lost is not None:
                     raise uploads.lost from None
                 if self._earlier is not None and not orders.ending:
@@ -181,6 +189,14 @@ class Attempt:
                 pass
         self._feed.hear(message)
 
+    async def _watch_disk(self, limit: int) -> None:
+        """While the child works: one job must not fill the disk that all of them write on."""
+        while (taken := await asyncio.to_thread(bytes_in, self._workspace)) <= limit:  # noqa: ASYNC110 - nobody tells
+            await asyncio.sleep(DISK_SECONDS)
+        self._too_large = DiskLimit(taken, limit)
+        if self._child is not None:
+            self._child.kill()
+
     async def _keep_model_commit(self, commit: str) -> None:
         """For the attempts to come; what keeps it from being written shows elsewhere."""
         with contextlib.suppress(RunLost):
@@ -228,6 +244,7 @@ class Attempt:
             bundle_max_bytes=self._request.bundle_max_bytes or settings.bundle_max_bytes,
             model_folders=tuple(settings.local_model_folders),
             allow_unsafe_models=settings.allow_unsafe_models,
+            workspace_max_bytes=settings.workspace_max_bytes,
             memory_limit_bytes=limit,
             token=self._token.get_secret_value() if self._token else None,
             logging=settings.logging,

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -23,6 +24,16 @@ class Workspace:
         """Delete it with all that is in it."""
         shutil.rmtree(self.folder, ignore_errors=True)
         os.close(self._held)
+
+
+def bytes_in(folder: Path) -> int:
+    """What the files below it take of the disk; one that goes meanwhile counts for nothing."""
+    taken = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                taken += (Path(parent) / name).lstat().st_blocks * 512
+    return taken
 
 
 def remove_abandoned(root: Path) -> None:
