@@ -76,16 +76,23 @@ def show(measured: list[Measured], console: Console) -> None:
     console.print(f"After: from the outage's beginning; the job itself takes some seconds more. {machine()}")
 
 
-async def measure_all(seconds: float, moments: list[Moment], console: Console) -> list[Measured]:
-    """Every moment, each server killed and paused."""
-    measured = []
+async def measure_all(seconds: float, moments: list[Moment], console: Console, to: Path) -> list[Measured]:
+    """Every moment, each server killed and paused; the figures so far are in the file after each."""
+    measured: list[Measured] = []
     hows: tuple[How, ...] = ("killed", "paused")
     with native_stack() as stack, tempfile.TemporaryDirectory(prefix="mistudio-outages-") as folder:
         for moment in moments:
             for how in hows:
                 console.print(f"{moment}, {how} …")
                 measured.append(await measure(stack, moment, how, seconds, Path(folder)))
+                keep(measured, to)
     return measured
+
+
+def keep(measured: list[Measured], to: Path) -> None:
+    """Write the figures."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(json.dumps({"machine": machine(), "cases": [asdict(each) for each in measured]}, indent=2) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -100,12 +107,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     logging.getLogger("urllib3").setLevel(logging.CRITICAL)
-    measured = asyncio.run(measure_all(options.seconds, options.moment or every, console))
+    measured = asyncio.run(measure_all(options.seconds, options.moment or every, console, options.to))
     show(measured, console)
-    options.to.parent.mkdir(parents=True, exist_ok=True)
-    options.to.write_text(
-        json.dumps({"machine": machine(), "cases": [asdict(each) for each in measured]}, indent=2) + "\n"
-    )
     return 1 if any(each.wrong for each in measured) else 0
 
 
