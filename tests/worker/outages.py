@@ -177,15 +177,23 @@ def check_artifacts(done: TrainCompleted, settings: Settings) -> None:
         assert (len(data), hashlib.sha256(data).hexdigest()) == (one.size, one.sha256), one.key
 
 
+def refusal(status: str, code: str) -> str:
+    """As an S3 store says no."""
+    body = f"<Error><Code>{code}</Code><Message>no</Message></Error>"
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/xml\r\nContent-Length: {len(body)}\r\nConnection: close"
+    return f"{head}\r\n\r\n{body}"
+
+
 class Proxy:
-    """Stands before a server, and breaks connections: `cut` ends one in its midst, `busy` answers 503."""
+    """Stands before a store, and breaks connections: `cut_after` ends one in its midst, `answer` answers."""
 
     def __init__(self, target: str) -> None:
         self._host, port = target.split(":")
         self._port = int(port)
         self.cut_after: int | None = None
         """Bytes of the next connections that get through to the server, while it is set."""
-        self.busy = False
+        self.answer: str | None = None
+        """Of HTTP, in place of the store's."""
         self.cuts = self.refusals = 0
         self.address = ""
 
@@ -217,9 +225,9 @@ class Proxy:
     ) -> None:
         passed = 0
         while data := await reader.read(65536):
-            if self.busy:
+            if self.answer is not None:
                 self.refusals += 1
-                writer.write(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                writer.write(self.answer.encode())
                 await writer.drain()
                 return
             passed += len(data)

@@ -128,9 +128,10 @@ async def prepare_outside(settings: Settings, store: Store) -> None:
             await kafka.ensure_topics(settings)
             return await asyncio.to_thread(store.ensure)
         except (KafkaError, StoreUnavailable, OSError) as error:
-            logger.warning(
-                "waiting for Kafka and the store: %s: %s; again in %.0f s", type(error).__name__, error, delay
+            why = (
+                f"{error}. {error.hint}" if isinstance(error, StoreUnavailable) else f"{type(error).__name__}: {error}"
             )
+            logger.warning("waiting for Kafka and the store, again in %.0f s: %s", delay, why)
             await asyncio.sleep(delay)
     raise AssertionError("backoff has no end")
 

@@ -19,6 +19,6 @@ async def patiently(call: Callable[[], T]) -> T:
         try:
             return await asyncio.to_thread(call)
         except StoreUnavailable as error:
-            logger.warning("the store does not answer, trying again in %.0f s: %s", delay, error)
+            logger.warning("the store does not answer, trying again in %.0f s: %s. %s", delay, error, error.hint)
             await asyncio.sleep(delay)
     raise AssertionError("backoff has no end")

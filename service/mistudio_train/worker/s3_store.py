@@ -238,6 +238,8 @@ class S3Store:
             return StoreForbids(message, hint)
         if reason == "NoSuchBucket":
             return StoreUnavailable(message, f"Create the bucket {self._bucket}, or start the worker again.")
+        if reason == "RequestTimeTooSkewed":
+            return StoreUnavailable(message, "Set the clock of this machine, or the store's: they differ too much.")
         return StoreUnavailable(message, "Check that it is up and that MINIO_ENDPOINT and MINIO_SECURE are right.")
 
 
