@@ -31,7 +31,7 @@ def main() -> int:
     seed = random.randrange(10**6) if options.seed is None else options.seed
     folder = options.folder or Path(tempfile.mkdtemp(prefix="mistudio-chaos-"))
     print(f"seed {seed}; logs in {folder}", flush=True)
-    pause = (4.0, 16.0) if options.size == "long" else (0.5, 3.0)
+    pause = (4.0, 18.0) if options.size == "long" else (0.5, 3.0)
     plan = Plan(options.size, seed, pause, seconds=options.minutes * 60, cold=COLD)
     repeat = f"make chaos MINUTES={options.minutes:g} SEED={seed}"
     outcome = asyncio.run(run(plan, folder, repeat, lambda line: print(line, flush=True)))

@@ -20,6 +20,7 @@ from .world import CHILD_GONE_SECONDS, Worker, World, until
 TRAPPED = 0.7
 """Share of workers that begin with a trap at a named point: moments that are too short for chance to hit often."""
 EARLY_TRAPS = ("fetching:after", *(f"{phase}:after" for phase in points.PHASE_POINTS if phase != "training"))
+UPLOAD_TRAPS = ("upload:before", "object:before", "object:after", "upload:after", "manifest:before")
 LATE_TRAPS = tuple(f"{point}:{side}" for point in points.POINTS for side in points.SIDES)
 TRAP_VICTIMS = (*["worker"] * 8, "broker", "broker-soon")
 STAGES = {
@@ -271,7 +272,7 @@ class Deeds:
             self._starting.discard(slot)
 
     def _trap(self) -> points.Trap:
-        moments = self._rng.choice((EARLY_TRAPS, LATE_TRAPS, LATE_TRAPS))
+        moments = self._rng.choice((EARLY_TRAPS, UPLOAD_TRAPS, LATE_TRAPS, LATE_TRAPS))
         point, _, side = self._rng.choice(moments).partition(":")
         return self._world.trap(point, side, self._rng.choice(TRAP_VICTIMS))
 

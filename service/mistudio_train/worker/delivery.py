@@ -123,6 +123,10 @@ class Deliveries:
     async def close(self) -> None:
         """End all clients."""
         await self.drop_producer()
+        await self.drop_reader()
+
+    async def drop_reader(self) -> None:
+        """End the reader, if there is one."""
         reader, self._reader = self._reader, None
         if reader is not None:
             await kafka.close(reader)
@@ -181,13 +185,12 @@ class Delivery:
                 return await self._place(record)
             except (KafkaError, ConnectionError, TimeoutError) as error:
                 logger.warning("no place for the end of %s yet: %s; again in %.1f s", self._name, error, delay)
-                await self._deliveries.close()
+                await self._deliveries.drop_reader()
             await asyncio.sleep(delay)
         raise AssertionError("backoff has no end")
 
     async def _place(self, record: KafkaRecord) -> Place:
-        if self._deliveries.producer is None:
-            await self.end_others()
+        # not with another producer: whoever starts one has to see again whether the message is done
         partitions = sorted(await self._require_producer().partitions_for(record.topic))
         partition = DefaultPartitioner()(record.key, partitions, partitions)
         where = TopicPartition(record.topic, partition)
