@@ -97,6 +97,8 @@ class Broker:
         """The group's."""
         self.epochs: dict[str, int] = {}
         self.transactions: dict[str, Transaction] = {}
+        self.forgetful = False
+        """It dies with the next commit's answer, and has forgotten that commit when it is back."""
 
     def log(self, where: TopicPartition) -> list[Entry]:
         """Of a partition."""
@@ -137,8 +139,7 @@ class Broker:
 
     def expire(self, name: str) -> None:
         """A transaction that takes too long: its producer is fenced."""
-        transaction = self.transactions.get(name)
-        if transaction is not None and not transaction.prepared:
+        if name in self.transactions:
             self.begin_epoch(name)
 
 
@@ -188,6 +189,10 @@ class Producer:
     async def commit_transaction(self) -> None:
         await self._gate("commit")
         transaction = self._open()
+        if self._broker.forgetful:
+            self._broker.forgetful = False
+            self._broker.end(self._name)
+            return
         transaction.prepared = True
         await self._gate("prepared")
         self._broker.mark_entries(transaction)
@@ -245,6 +250,8 @@ class Reader:
 
     async def getmany(self, where: TopicPartition, *, timeout_ms: int) -> dict[TopicPartition, list[Entry]]:
         await self._gate("read")
+        if self._position[where] >= self._broker.stable_end(where):
+            await asyncio.sleep(timeout_ms / 1000)
         start, end = self._position[where], self._broker.stable_end(where)
         self._position[where] = end
         found = [entry for entry in self._broker.log(where)[start:end] if entry.state == "committed"]

@@ -1,5 +1,6 @@
 """One record and one offset, both or neither, on a real Kafka; every window where the outcome is unknown."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -217,18 +218,21 @@ async def test_every_dead_letter_can_be_delivered(
     assert header(found.headers, "kafka_dlt-original-offset") == str(OFFSET)
 
 
-async def test_an_event_that_is_already_there_is_not_published_again(worker: Worker) -> None:
+async def test_an_event_is_found_behind_a_transaction_that_is_still_open(worker: Worker) -> None:
     record = worker.record()
-    async with worker.delivery() as delivery:
+    async with worker.delivery() as delivery, kafka.started(kafka.producer(worker.settings, "another")) as other:
         place = await delivery.place(record)
+        await other.begin_transaction()
+        await other.send_and_wait(record.topic, b"of another job", partition=place.partition)
         async with kafka.started(kafka.producer(worker.settings)) as producer:
             await producer.send_and_wait(
                 record.topic, record.value, key=record.key, partition=place.partition, headers=record.headers
             )
-        assert await delivery.is_published(record, place)
-        await delivery.finish(record, place, look_first=True)
-    assert len(await worker.published(record.topic)) == 1
-    assert await worker.committed() == OFFSET + 1
+        looking = asyncio.create_task(delivery.is_published(record, place))
+        done, _ = await asyncio.wait([looking], timeout=1.5)
+        assert not done
+        await other.commit_transaction()
+        assert await looking
 
 
 async def test_a_worker_that_lost_its_partition_stops(worker: Worker) -> None:

@@ -284,6 +284,10 @@ class Misfortunes(RuleBasedStateMachine):
         self._tell(self.living[worker])
 
     @rule()
+    def forget_next_commit(self) -> None:
+        self.broker.forgetful = True
+
+    @rule()
     def time_out_transaction(self) -> None:
         self.broker.expire(transactional_id(CONFIG, SOURCE))
 
@@ -324,14 +328,18 @@ class Misfortunes(RuleBasedStateMachine):
         return Counter(entry.key or b"" for entry in found)
 
     @invariant()
-    def nothing_ends_twice(self) -> None:
-        for key, count in self.ends().items():
-            assert count <= self.expected[key], f"{key!r} has {count} ends"
+    def nothing_ends_twice_or_runs_in_vain(self) -> None:
+        ends = self.ends()
+        for key, expected in self.expected.items():
+            assert ends[key] <= expected, f"{key!r} has {ends[key]} ends"
+            runs = list(DirectoryStore.folders(self.store, f"jobs/{key.decode()}/runs/"))
+            assert len(runs) <= expected, f"{key!r} has the runs {runs}"
 
     def teardown(self) -> None:
         """When all is well again, each message has its end, and the group has passed all."""
         try:
             self.store.fails.clear()
+            self.broker.forgetful = False
             for worker in self.living:
                 worker.frozen_at.clear()
                 worker.fails.clear()
@@ -340,6 +348,7 @@ class Misfortunes(RuleBasedStateMachine):
                 self._tell(worker)
             for _ in range(4 * len(self.expected) + 4):
                 self.loop.live(LONG)
+                self.broker.expire(transactional_id(CONFIG, SOURCE))
                 for worker in self.living:
                     worker.look()
             assert self.ends() == self.expected
@@ -367,5 +376,5 @@ def _send(asker: Producer, key: bytes, value: bytes) -> Coroutine[Any, Any, None
 
 TestMisfortunes = Misfortunes.TestCase
 TestMisfortunes.settings = settings(
-    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )

@@ -196,20 +196,15 @@ class Delivery:
         where = TopicPartition(record.topic, partition)
         return Place(record.topic, partition, await self._deliveries.end_offset(where))
 
-    async def finish(self, record: KafkaRecord, place: Place, *, look_first: bool = False) -> None:
+    async def finish(self, record: KafkaRecord, place: Place) -> None:
         """Publish `record` and pass the message, exactly once (at least once without transactions).
 
         Waits for a broker that is away for as long as the partition is ours.
-
-        Args:
-            look_first: somebody may have published the record already, from `place` on.
 
         Raises:
             PartitionLost: if the partition is no longer ours; whoever has it finds what we left.
 
         """
-        if look_first:
-            await self._deliveries.drop_producer()
         for delay in backoff(RETRY_SECONDS):
             if await self._try_to_finish(record, place):
                 return self.read_on()
@@ -288,13 +283,20 @@ class Delivery:
         return True
 
     async def is_published(self, record: KafkaRecord, place: Place) -> bool:
-        """Whether the committed record lies at the place, whichever worker put it there."""
+        """Whether the committed record lies at the place, whichever worker put it there.
+
+        Raises:
+            PartitionLost: if the partition is no longer ours.
+
+        """
         where = TopicPartition(place.topic, place.partition)
+        # up to the very end: somebody's open transaction, which is over in a minute, may hide what lies behind it
+        end = (await self._group.end_offsets([where]))[where]
         async with kafka.started(kafka.reader(self._settings)) as reader:
             reader.assign([where])
             reader.seek(where, place.end_offset)
-            end = (await reader.end_offsets([where]))[where]
             while await reader.position(where) < end:
+                self._require_partition()
                 batch = await reader.getmany(where, timeout_ms=500)
                 if any(_identity(found.headers) == _identity(record.headers) for found in batch.get(where, [])):
                     return True

@@ -102,7 +102,7 @@ class Supervisor:
             return await self._run(delivery, claim, message, intake, orders)
         if not await self._is_published(delivery, found, intake):
             logger.info("job %s run %d had ended; its event is published now", intake.job_id, found.record.run)
-            return await self._finish(delivery, found, intake, look_first=True)
+            return await self._finish(delivery, found, intake)
         if await delivery.committed() is None:
             # Kafka forgets an idle group's offsets; what this group has published is not to run again for that
             logger.info("%s ended as job %s run %d; it is passed", message.place, intake.job_id, found.record.run)
@@ -175,11 +175,11 @@ class Supervisor:
             event, source=self._settings.event_source, topics=self._settings.topics, traceparent=intake.traceparent
         )
 
-    async def _finish(self, delivery: Delivery, claim: Claim, intake: Intake, *, look_first: bool = False) -> None:
+    async def _finish(self, delivery: Delivery, claim: Claim, intake: Intake) -> None:
         """Publish the end that the register holds: the run's first one, whoever else came to another."""
         event, place = claim.ended()
         await patiently(lambda: remove_leftovers(self._store, claim))
-        await delivery.finish(self._record(event, intake), place, look_first=look_first)
+        await delivery.finish(self._record(event, intake), place)
         try:
             await asyncio.to_thread(self._register.published, claim)
         except (StoreUnavailable, RunLost) as error:
