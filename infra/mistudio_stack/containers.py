@@ -3,8 +3,10 @@
 Everything about images, listeners inside a container and ports of the host is here and nowhere else.
 """
 
+import gc
 import os
 import secrets
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from typing import TYPE_CHECKING
@@ -30,11 +32,16 @@ def engine_answers() -> bool:
         import testcontainers  # noqa: F401
     except ImportError:
         return False
-    try:
-        with closing(docker.from_env(timeout=5)) as client:
-            return bool(client.ping())
-    except docker.errors.DockerException:
-        return False
+    with warnings.catch_warnings():
+        # the library drops a socket that nobody has answered on, without closing it
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
+            with closing(docker.from_env(timeout=5)) as client:
+                return bool(client.ping())
+        except docker.errors.DockerException:
+            return False
+        finally:
+            gc.collect()
 
 
 @contextmanager
