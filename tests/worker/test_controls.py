@@ -1,14 +1,18 @@
 """Which run a control is for: one, and never one that was asked for after it; what is no control."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from aiokafka import ConsumerRecord
+from aiokafka import AIOKafkaConsumer, ConsumerRecord
 
 from mistudio_schemas import TrainControl, TrainProgress, record_for
 from mistudio_train.settings import Settings
+from mistudio_train.worker import controls as controls_module
+from mistudio_train.worker import kafka
 from mistudio_train.worker.controls import Control, Controls, read
 from mistudio_train.worker.intake import Message
 from mistudio_train.worker.run_record import MessageId, RunRecord
@@ -87,13 +91,57 @@ def test_an_event_of_another_kind_is_no_control() -> None:
     assert read(record_of(said.value, said.headers)) is None
 
 
+@asynccontextmanager
+async def following(settings: Settings) -> AsyncIterator[Controls]:
+    controls = Controls(settings, lambda _: None)
+    task = asyncio.create_task(controls.follow())
+    try:
+        yield controls
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_control_that_was_sent_in_a_transaction_holds_nobody_up(worker_settings: Settings) -> None:
+    await publish(worker_settings)
+    sent = record_for(TrainControl(job_id="job", action="cancel"), source="/t", topics=worker_settings.topics)
+    async with kafka.started(kafka.producer(worker_settings, "theirs")) as producer, producer.transaction():
+        await producer.send_and_wait(sent.topic, sent.value, key=sent.key, headers=sent.headers)
+    async with following(worker_settings) as controls, asyncio.timeout(30):
+        await controls.caught_up()
+        assert len(controls.of("job")) == 1
+
+
+async def test_a_reader_that_has_fallen_asleep_is_replaced(
+    worker_settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(controls_module, "SILENT_SECONDS", 0.5)
+    getmany = AIOKafkaConsumer.getmany
+    asleep: list[AIOKafkaConsumer] = []
+
+    async def sleeping(self: AIOKafkaConsumer, *places: Any, timeout_ms: int) -> Any:
+        if not asleep or self is asleep[0]:
+            asleep[:] = [self]
+            await asyncio.sleep(timeout_ms / 1000)
+            return {}
+        return await getmany(self, *places, timeout_ms=timeout_ms)
+
+    sent = record_for(TrainControl(job_id="job", action="cancel"), source="/t", topics=worker_settings.topics)
+    await publish(worker_settings, sent.as_dict())
+    monkeypatch.setattr(AIOKafkaConsumer, "getmany", sleeping)
+    async with following(worker_settings) as controls, asyncio.timeout(30):
+        await controls.caught_up()
+        assert len(controls.of("job")) == 1
+    assert "controls cannot be read" in caplog.text
+
+
 async def test_everything_sent_before_is_known_once_it_has_caught_up(worker_settings: Settings) -> None:
     sent = [TrainControl(job_id=f"job-{n % 7}", action="cancel", requested_by=f"u{n}") for n in range(500)]
     topics = worker_settings.topics
     await publish(worker_settings, *(record_for(one, source="/t", topics=topics).as_dict() for one in sent))
     heard: list[Control] = []
     controls = Controls(worker_settings, heard.append)
-    following = asyncio.create_task(controls.follow())
+    task = asyncio.create_task(controls.follow())
     try:
         async with asyncio.timeout(30):
             await controls.caught_up()
@@ -105,5 +153,5 @@ async def test_everything_sent_before_is_known_once_it_has_caught_up(worker_sett
         assert len(controls.of("job-0")) == 73
         assert len(heard) == 1
     finally:
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

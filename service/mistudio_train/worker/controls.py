@@ -6,13 +6,14 @@ Knows which control is for which run; must not act on any, which is the supervis
 import asyncio
 import contextlib
 import logging
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka.errors import KafkaError, KafkaTimeoutError
 
 from mistudio_schemas import TrainControl, parse_event
 from mistudio_train.errors import brief
@@ -23,6 +24,8 @@ from .backoff import backoff
 from .run_record import ObeyedControl, RunRecord
 
 NAME_CHARACTERS = 200
+SILENT_SECONDS = 10.0
+"""Without a control, after which the reader has to show that there is none: one whose broker died may never wake."""
 logger = logging.getLogger(__name__)
 
 
@@ -103,20 +106,44 @@ class Controls:
                     self._asking = asking
                     waits = backoff()
                     while True:
-                        for records in (await consumer.getmany(timeout_ms=1000)).values():
-                            await self._take(records)
-            except (KafkaError, OSError) as error:
+                        await self._read(consumer)
+            except Exception as error:  # a reader whose broker dies may fail in many ways
                 delay = next(waits)
                 logger.warning("controls cannot be read (%s); again in %.0f s", type(error).__name__, delay)
                 await asyncio.sleep(delay)
             finally:
                 self._asking = None
 
+    async def _read(self, consumer: AIOKafkaConsumer) -> None:
+        """What is there by now.
+
+        Raises:
+            KafkaTimeoutError: if there is something, and this reader does not bring it.
+
+        """
+        deadline = time.monotonic() + SILENT_SECONDS
+        while time.monotonic() < deadline:
+            records = await consumer.getmany(timeout_ms=1000)
+            for some in records.values():
+                self._take(some)
+            for place in consumer.assignment():
+                # not the last record's: behind it there may be the marker of a transaction
+                self._next[place] = await consumer.position(place)
+            async with self._moved:
+                self._moved.notify_all()
+            if records:
+                return
+        if not self._is_read_to(await self._ends()):
+            raise KafkaTimeoutError("the reader has fallen asleep")
+
+    def _is_read_to(self, ends: dict[TopicPartition, int]) -> bool:
+        return all(self._next.get(where, 0) >= end for where, end in ends.items())
+
     async def caught_up(self) -> None:
         """Until every control that was sent before this call has been read."""
         ends = await self._ends()
         async with self._moved:
-            await self._moved.wait_for(lambda: all(self._next.get(where, 0) >= end for where, end in ends.items()))
+            await self._moved.wait_for(lambda: self._is_read_to(ends))
         self._live = True
 
     async def _ends(self) -> dict[TopicPartition, int]:
@@ -137,7 +164,7 @@ class Controls:
             self._next[place] = max(begin, self._next.get(place, 0))
             consumer.seek(place, self._next[place])
 
-    async def _take(self, records: list[ConsumerRecord]) -> None:
+    def _take(self, records: list[ConsumerRecord]) -> None:
         for record in records:
             control = read(record)
             if control is not None:
@@ -145,8 +172,6 @@ class Controls:
                 if self._live:
                     self._on_control(control)
             self._next[TopicPartition(record.topic, record.partition)] = record.offset + 1
-        async with self._moved:
-            self._moved.notify_all()
 
 
 def read(record: ConsumerRecord) -> Control | None:
