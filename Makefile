@@ -34,7 +34,7 @@ test: $(DEV) ## All tests that need no Docker engine, on a real Kafka and a real
 	$(BIN)/python -m mistudio_stack prepare
 	$(BIN)/python -m pytest -m "not containers and not chaos"
 
-test-chaos: $(DEV) ## A short campaign of deaths, every named moment once, zombies
+test-chaos: $(DEV) ## Deaths at every named moment once, frozen workers, servers that go away: a quarter of an hour
 	$(BIN)/python -m mistudio_stack prepare
 	$(BIN)/python -m pytest -m chaos
 

@@ -6,8 +6,6 @@ import pytest
 
 from .campaign import Plan, run
 
-pytestmark = pytest.mark.chaos
-
 SEED = 20
 
 

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 MIN_INTERVAL = 1.0
 RETRY_INTERVAL = 5.0
+LAST_WORD_SECONDS = 60.0
+"""The job is over, and its slot is not held longer by a broker that is away."""
 LAST_TRIES = 5
 """Of the last event, which the compacted topic keeps as the job's status."""
 WARNINGS = 100
@@ -97,13 +99,15 @@ class ProgressFeed:
     async def close(self, **changes: Any) -> None:
         """The last word, which waits for no second to pass; returns when it is published, or cannot be."""
         self._closing.set()
-        for _ in range(LAST_TRIES):
-            self.say(**changes)
-            assert self._speaking is not None  # `say` has just seen to it
-            await self._speaking
-            if self._published:
-                return
-            await asyncio.sleep(RETRY_INTERVAL)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORD_SECONDS):
+                for _ in range(LAST_TRIES):
+                    self.say(**changes)
+                    assert self._speaking is not None  # `say` has just seen to it
+                    await self._speaking
+                    if self._published:
+                        return
+                    await asyncio.sleep(RETRY_INTERVAL)
 
     async def _speak(self) -> None:
         while self._unsaid:
