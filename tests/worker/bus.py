@@ -7,7 +7,7 @@ from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
 
-from mistudio_schemas import Contract, parse_event
+from mistudio_schemas import Contract, TrainRequested, parse_event, record_for
 from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
 from mistudio_train.worker.app import build_app
@@ -25,6 +25,13 @@ async def running_worker(
     async with app.start_lifespan_context():
         await started.wait()
         yield
+
+
+def request(job_id: str, settings: Settings, *, partition: int | None = None, **fields: Any) -> dict[str, Any]:
+    """One for the worker's own corpus, to be published."""
+    asked = TrainRequested.model_validate({"model_name": "m", "corpus_file": "corpus.txt", "job_id": job_id} | fields)
+    record: dict[str, Any] = record_for(asked, source="/test", topics=settings.topics).as_dict()
+    return record if partition is None else record | {"partition": partition}
 
 
 async def publish(settings: Settings, *records: dict[str, Any]) -> None:

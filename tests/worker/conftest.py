@@ -19,6 +19,15 @@ def store_settings(request: pytest.FixtureRequest, tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
+def settings(worker_settings: Settings) -> Settings:
+    """Of a worker with a corpus of its own, `corpus.txt`."""
+    samples = worker_settings.data_path / "samples"
+    samples.mkdir(parents=True)
+    (samples / "corpus.txt").write_text("one\ntwo\nthree\n")
+    return worker_settings
+
+
+@pytest.fixture
 def store(store_settings: Settings) -> Iterator[Store]:
     opened = open_store(store_settings)
     opened.ensure()

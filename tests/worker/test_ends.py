@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from mistudio_schemas import (
     TrainCompleted,
     TrainControl,
     TrainProgress,
-    TrainRequested,
     record_for,
 )
 from mistudio_train.settings import Settings
@@ -22,23 +22,18 @@ from mistudio_train.worker.child_main import Job
 from mistudio_train.worker.register import Register
 from mistudio_train.worker.store import open_store
 
-from . import jobs
+from . import bus, jobs
 from .bus import Reader, events, publish, reading, running_worker
 
 SLOW_TO_SAY = 2.0
 
 
 @pytest.fixture
-def settings(worker_settings: Settings) -> Settings:
-    samples = worker_settings.data_path / "samples"
-    samples.mkdir(parents=True)
-    (samples / "corpus.txt").write_text("one\ntwo\nthree\n")
-    return worker_settings.model_copy(update={"max_concurrent_jobs": 1, "grace_seconds": 2.0})
+def settings(settings: Settings) -> Settings:
+    return settings.model_copy(update={"max_concurrent_jobs": 1, "grace_seconds": 2.0})
 
 
-def request(job_id: str, settings: Settings, **fields: Any) -> dict[str, Any]:
-    asked = TrainRequested.model_validate({"model_name": "m", "corpus_file": "corpus.txt", "job_id": job_id} | fields)
-    return record_for(asked, source="/test", topics=settings.topics).as_dict() | {"partition": 0}
+request = partial(bus.request, partition=0)
 
 
 def control(job_id: str, action: str, settings: Settings, **fields: Any) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from mistudio_schemas import ErrorCode, TrainCompleted
 from mistudio_train.settings import Settings
 
 from . import hostile, jobs
-from .bus import events, publish, reading, running_worker
-from .test_worker import request
+from .bus import events, publish, reading, request, running_worker
 
 MESSAGES = 250
 """About ten a second; `make bench-fuzz` sends as many as one likes."""

@@ -11,13 +11,13 @@ import pytest
 from aiokafka import ConsumerRecord
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
 
-from mistudio_schemas import TrainCompleted, TrainRequested, record_for
+from mistudio_schemas import TrainCompleted
 from mistudio_train.settings import Settings
 from mistudio_train.worker.assignor import BusyAwareAssignor
 from mistudio_train.worker.child_main import Job
 
 from . import jobs
-from .bus import Reader, events, publish, reading, running_worker
+from .bus import Reader, events, publish, reading, request, running_worker
 
 Assignor = Callable[[Any], Any]
 
@@ -40,12 +40,9 @@ def stock(_: Any) -> Any:
 
 
 @pytest.fixture
-def settings(worker_settings: Settings) -> Settings:
+def settings(settings: Settings) -> Settings:
     """Of a worker with one slot, whose death its group notices in a second or two."""
-    samples = worker_settings.data_path / "samples"
-    samples.mkdir(parents=True)
-    (samples / "corpus.txt").write_text("one\ntwo\nthree\n")
-    return worker_settings.model_copy(update={"max_concurrent_jobs": 1, "kafka_session_timeout_ms": 2000})
+    return settings.model_copy(update={"max_concurrent_jobs": 1, "kafka_session_timeout_ms": 2000})
 
 
 @asynccontextmanager
@@ -76,11 +73,6 @@ def process(env: dict[str, str], settings: Settings, name: str) -> Iterator[subp
             started.kill()
 
 
-def request(job_id: str, partition: int, settings: Settings) -> dict[str, Any]:
-    asked = TrainRequested(model_name="m", corpus_file="corpus.txt", job_id=job_id)
-    return record_for(asked, source="/test", topics=settings.topics).as_dict() | {"partition": partition}
-
-
 def begun(settings: Settings, job_id: str) -> int:
     """How often the job was."""
     return len(list(settings.data_path.parent.glob(f"begun-{job_id}-*")))
@@ -101,7 +93,7 @@ async def test_a_running_job_survives_who_comes_who_goes_and_who_dies(
     settings: Settings, worker_env: dict[str, str]
 ) -> None:
     topics = settings.topics
-    await publish(settings, request("long", 3, settings))
+    await publish(settings, request("long", settings, partition=3))
     async with worker(settings, "b"), reading(settings, topics.progress, topics.completed) as reader:
         await until_begun(reader, topics.progress)
         async with worker(settings, "a"), worker(settings, "c"):
@@ -117,7 +109,7 @@ async def test_a_running_job_survives_who_comes_who_goes_and_who_dies(
 
 async def test_with_the_stock_assignor_the_same_job_is_stopped(settings: Settings) -> None:
     topics = settings.topics
-    await publish(settings, request("long", 3, settings))
+    await publish(settings, request("long", settings, partition=3))
     async with reading(settings, topics.progress, topics.completed) as reader, AsyncExitStack() as workers:
         await workers.enter_async_context(worker(settings, "b", assignor=stock))
         await until_begun(reader, topics.progress)
@@ -134,7 +126,7 @@ async def test_in_a_mixed_group_that_changes_every_message_ends_once(settings: S
     """The first member leads the group: each of the two has to get along with the other's answers."""
     topics, names = settings.topics, [f"job-{number}" for number in range(8)]
     kinds: list[Assignor] = [BusyAwareAssignor, stock] if first == "ours" else [stock, BusyAwareAssignor]
-    await publish(settings, *(request(name, number % 4, settings) for number, name in enumerate(names)))
+    await publish(settings, *(request(name, settings, partition=number % 4) for number, name in enumerate(names)))
     async with reading(settings, topics.completed, topics.failed) as reader:
         async with worker(settings, "b", jobs.works, kinds[0]):
             async with worker(settings, "a", jobs.works, kinds[1]):
@@ -154,10 +146,10 @@ async def test_what_waits_behind_a_busy_worker_an_idle_one_does(settings: Settin
         worker(settings, "b", jobs.holds_up_only_the_first),
         reading(settings, topics.progress, topics.completed) as reader,
     ):
-        await publish(settings, request("long", 0, settings))
+        await publish(settings, request("long", settings, partition=0))
         await until_begun(reader, topics.progress)
         # of these one is in the busy worker's other partition
-        await publish(settings, *(request(f"short-{number}", number, settings) for number in (1, 2, 3)))
+        await publish(settings, *(request(f"short-{number}", settings, partition=number) for number in (1, 2, 3)))
         done = events(await reader.of(topics.completed, 3))
         let_go(settings)
         (*_, last) = events(await reader.of(topics.completed, 4))

@@ -38,12 +38,9 @@ def stack() -> Iterator[NativeStack]:
 
 
 @pytest.fixture
-def settings(worker_settings: Settings, tmp_path: Path) -> Settings:
-    samples = worker_settings.data_path / "samples"
-    samples.mkdir(parents=True)
-    (samples / "corpus.txt").write_text("one\ntwo\nthree\n")
-    lay_corpus(worker_settings, tmp_path)
-    return worker_settings.model_copy(update={"max_concurrent_jobs": 1, "grace_seconds": 2.0})
+def settings(settings: Settings, tmp_path: Path) -> Settings:
+    lay_corpus(settings, tmp_path)
+    return settings.model_copy(update={"max_concurrent_jobs": 1, "grace_seconds": 2.0})
 
 
 @pytest.mark.parametrize("how", ["killed", "paused"])

@@ -12,7 +12,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.producer import message_accumulator, producer
 from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 
-from mistudio_schemas import ErrorCode, TrainCompleted, TrainFailed, TrainProgress, TrainRequested, header, record_for
+from mistudio_schemas import ErrorCode, TrainCompleted, TrainFailed, TrainProgress, header
 from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
 from mistudio_train.worker.child_main import Job
@@ -21,22 +21,9 @@ from mistudio_train.worker.register import MessageId, Register
 from mistudio_train.worker.store import open_store
 
 from . import jobs
-from .bus import events, publish, reading, running_worker
+from .bus import events, publish, reading, request, running_worker
 
 TOKEN = "hf_secret_token_of_a_requester"
-
-
-@pytest.fixture
-def settings(worker_settings: Settings) -> Settings:
-    samples = worker_settings.data_path / "samples"
-    samples.mkdir(parents=True)
-    (samples / "corpus.txt").write_text("one\ntwo\nthree\n")
-    return worker_settings
-
-
-def request(job_id: str, settings: Settings, **fields: Any) -> dict[str, Any]:
-    asked = TrainRequested.model_validate({"model_name": "m", "corpus_file": "corpus.txt", "job_id": job_id} | fields)
-    return record_for(asked, source="/test", topics=settings.topics).as_dict()
 
 
 async def ends_of(settings: Settings, job: Job, count: int, *records: dict[str, Any]) -> list[Any]:
