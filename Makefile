@@ -84,7 +84,7 @@ bench-outages: $(DEV) ## Run benchmarks/outages.py; SECONDS=60 that a server is 
 	$(BIN)/python -m benchmarks.outages --seconds $(or $(SECONDS),60)
 
 bench-%: $(DEV) ## Run benchmarks/%.py
-	$(BIN)/python benchmarks/$*.py
+	$(BIN)/python -m benchmarks.$*
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or make PYTHON=/path/to/python" >&2; exit 1; }

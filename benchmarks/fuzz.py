@@ -22,8 +22,9 @@ from tests.worker import hostile
 from tests.worker.bus import events, reading
 from tests.worker.bus import publish as publish_records
 
-from benchmarks.job_queue import ROOT, Worker, as_settings, machine, settings_for
+from benchmarks.job_queue import ROOT, Worker, as_settings, settings_for
 from benchmarks.long_job import request
+from benchmarks.machine import machine
 from mistudio_schemas import TrainCompleted
 from mistudio_stack import open_stack
 

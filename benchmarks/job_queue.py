@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -33,6 +32,7 @@ from rich.table import Table
 from tests.worker.bus import events, reading
 
 from benchmarks import sleeping
+from benchmarks.machine import machine
 from mistudio_schemas import TrainCompleted, TrainRequested, record_for
 from mistudio_stack import open_stack
 from mistudio_stack.process import free_ports
@@ -285,12 +285,6 @@ def report(measured: list[Measured], seconds: float) -> dict[str, Any]:
             for case in measured
         ],
     }
-
-
-def machine() -> str:
-    """What the figures were taken on."""
-    cores = len(os.sched_getaffinity(0))
-    return f"{platform.system()} {platform.machine()}, {cores} cores, Python {platform.python_version()}"
 
 
 def show(measured: list[Measured], seconds: float, console: Console) -> None:

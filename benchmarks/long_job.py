@@ -28,7 +28,8 @@ from rich.table import Table
 from tests.worker.bus import Reader, events, reading
 
 from benchmarks import sleeping
-from benchmarks.job_queue import ROOT, Worker, as_settings, machine, settings_for
+from benchmarks.job_queue import ROOT, Worker, as_settings, settings_for
+from benchmarks.machine import machine
 from mistudio_schemas import TrainCompleted, TrainProgress, TrainRequested, record_for
 from mistudio_stack import open_stack
 from mistudio_train.settings import Settings

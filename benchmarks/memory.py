@@ -8,8 +8,6 @@ import argparse
 import asyncio
 import json
 import math
-import os
-import platform
 import random
 import sys
 import tempfile
@@ -20,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import machine
 from mistudio_schemas import CorpusInfo, StandardSAE, TopKSAE, TrainRequested
 from mistudio_train.messages import Failed, Finished, JobSpec, Lease, Logging, Progress
 from mistudio_train.worker.child import Child
@@ -310,15 +308,6 @@ def _figures(measured: Measured) -> dict[str, Any]:
             for name, step in measured.steps.items()
         },
     }
-
-
-def machine() -> str:
-    """What the figures were taken on."""
-    memory = psutil.virtual_memory().total / 1024**3
-    cores = len(os.sched_getaffinity(0))
-    return (
-        f"{platform.system()} {platform.machine()}, {cores} cores, {memory:.0f} GiB, Python {platform.python_version()}"
-    )
 
 
 def show(compared: list[Compared], console: Console) -> None:

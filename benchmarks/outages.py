@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from tests.worker.outages import BROKER_MOMENTS, STORE_MOMENTS, Moment, away, job_through, lay_corpus
 
-from benchmarks.job_queue import ROOT, as_settings, machine, settings_for
+from benchmarks.job_queue import ROOT, as_settings, settings_for
+from benchmarks.machine import machine
 from mistudio_stack import NativeStack, native_stack
 
 RESULTS: Final = ROOT / "benchmarks" / "results" / "outages.json"
