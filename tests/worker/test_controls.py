@@ -60,6 +60,17 @@ def test_for_which_run(sent: Control, record: RunRecord, others: list[RunRecord]
     assert sent.is_for(record, record.message.timestamp, others) is expected
 
 
+def test_what_was_read_counts_and_no_clock_of_a_worker() -> None:
+    """The first run's worker was a day ahead."""
+    first = run(1, NOON - HOUR, NOON + 24 * HOUR, controls_until={0: 5})
+    second = run(2, NOON)
+    assert control(NOON + 1, offset=5).is_for(second, NOON, [first])
+    assert not control(NOON + 1, offset=4).is_for(second, NOON, [first])
+    again = run(2, NOON - HOUR, offset=1, controls_before={0: 7}, created=datetime.fromtimestamp(NOON / 1000, UTC))
+    assert control(NOON - 1, offset=7).is_for(again, NOON - HOUR, [first])
+    assert not control(NOON + 1, offset=6).is_for(again, NOON - HOUR, [first])
+
+
 def test_it_acts_once() -> None:
     sent = control(NOON)
     first = run(1, NOON - HOUR).obeyed(sent.obeyed)

@@ -152,7 +152,7 @@ class _Runner:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self.controls = SimpleNamespace(caught_up=self._caught_up)
+        self.controls = SimpleNamespace(caught_up=self._caught_up, read_to={0: 0})
 
     async def _caught_up(self) -> None:
         await self._worker.gate("controls")

@@ -21,7 +21,7 @@ from mistudio_train.settings import Settings
 
 from . import kafka
 from .backoff import backoff
-from .run_record import ObeyedControl, RunRecord
+from .run_record import ObeyedControl, ReadTo, RunRecord
 
 NAME_CHARACTERS = 200
 SILENT_SECONDS = 10.0
@@ -66,10 +66,21 @@ class Control:
         others = list(others)
         if any(self.obeyed.is_same(done) for other in others for done in other.controls):
             return False
-        ends = [end for other in others if (end := other.ended_at) is not None]
+        ends = [(other.controls_until, end) for other in others if (end := other.ended_at) is not None]
+        if not ends:
+            return True
         if any(other.message == record.message for other in others):
-            asked = record.created_at  # the group was set back: when, nobody has noted
-        return not ends or self.sent >= max(asked, *ends)
+            # the group was set back: when, nobody has noted
+            is_later = self._is_after(record.controls_before, record.created_at)
+        else:
+            is_later = self.sent >= asked
+        return is_later and all(self._is_after(*end) for end in ends)
+
+    def _is_after(self, read: ReadTo | None, moment: int) -> bool:
+        """By what a worker had read at that moment, for clocks differ; by the clock where that was not noted."""
+        if read is None or self.partition not in read:
+            return self.sent >= moment
+        return self.offset >= read[self.partition]
 
 
 class Controls:
@@ -88,6 +99,11 @@ class Controls:
         """Beside the reader, which answers no question while it waits for controls."""
         self._moved = asyncio.Condition()
         self._live = False
+
+    @property
+    def read_to(self) -> ReadTo:
+        """How far they have been read."""
+        return {place.partition: offset for place, offset in self._next.items()}
 
     def of(self, job_id: str) -> list[Control]:
         """Of the job, in the order they were sent."""

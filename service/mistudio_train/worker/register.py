@@ -12,7 +12,7 @@ from mistudio_train.errors import StoreUnavailable
 
 from .delivery import Place
 from .objects import NotFound, Store
-from .run_record import Claim, MessageId, ObeyedControl, RunRecord, Terminal
+from .run_record import Claim, MessageId, ObeyedControl, ReadTo, RunRecord, Terminal
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,11 @@ class Register:
         """The ids of all jobs that ever began."""
         return self._store.folders(f"{self._store.prefix}jobs/")
 
-    def create(self, job_id: str, message: MessageId, worker: str) -> Claim:
+    def create(self, job_id: str, message: MessageId, worker: str, controls_before: ReadTo | None = None) -> Claim:
         """A new run with the next number.
+
+        Args:
+            controls_before: how far the worker has read the controls.
 
         Raises:
             RunLost: if a run of this very message is running: another worker was first.
@@ -72,7 +75,9 @@ class Register:
             if present is not None and present.record.state == "running":
                 raise RunLost(job_id, present.record.run, present)
             try:
-                return self._put(self._key(job_id, run), RunRecord.begun(job_id, run, message, worker), None)
+                return self._put(
+                    self._key(job_id, run), RunRecord.begun(job_id, run, message, worker, controls_before), None
+                )
             except RunLost:
                 logger.info("job %s: run %d was begun by another worker", job_id, run)
         raise AssertionError("numbers have no end")
@@ -116,8 +121,8 @@ class Register:
         """Note that the run obeys a control, so that no later run does. Raises `RunLost`."""
         return self._as_owner(claim, lambda record: record.obeyed(control))
 
-    def finish(self, claim: Claim, event: Terminal, place: Place) -> Claim:
-        """End the run with `event`, to be looked for from `place` on.
+    def finish(self, claim: Claim, event: Terminal, place: Place, controls_until: ReadTo | None = None) -> Claim:
+        """End the run with `event`, to be looked for from `place` on; the controls have been read so far.
 
         A run that this attempt has ended already keeps its first end: publish the event of the claim that comes back.
 
@@ -125,7 +130,9 @@ class Register:
             RunLost: if another attempt owns the run.
 
         """
-        return self._as_owner(claim, lambda now: now if now.state != "running" else now.ended(event, place))
+        return self._as_owner(
+            claim, lambda now: now if now.state != "running" else now.ended(event, place, controls_until)
+        )
 
     def published(self, claim: Claim) -> Claim:
         """Note that the terminal event is out. Raises `RunLost`."""

@@ -74,6 +74,10 @@ class ObeyedControl(Kept):
         return (self.partition, self.offset) == (other.partition, other.offset)
 
 
+ReadTo = dict[int, int]
+"""Partition of `train.control` to the offset of the first control that has not been read."""
+
+
 class ManifestRef(Kept):
     """Where a finished run's manifest is."""
 
@@ -100,6 +104,10 @@ class RunRecord(Kept):
     model_commit: str | None = None
     """What `model_revision` was resolved to; every attempt uses it."""
     controls: tuple[ObeyedControl, ...] = ()
+    controls_before: ReadTo | None = None
+    """How far the controls had been read when the run began; `None`: an older version has begun it."""
+    controls_until: ReadTo | None = None
+    """The same at its end."""
     manifest: ManifestRef | None = None
     event: str | None = None
     """The terminal event's JSON."""
@@ -109,7 +117,9 @@ class RunRecord(Kept):
     updated: datetime
 
     @classmethod
-    def begun(cls, job_id: str, run: int, message: MessageId, worker: str) -> Self:
+    def begun(
+        cls, job_id: str, run: int, message: MessageId, worker: str, controls_before: ReadTo | None = None
+    ) -> Self:
         """A new run at its first attempt."""
         now = _now()
         return cls(
@@ -119,6 +129,7 @@ class RunRecord(Kept):
             owner=_new(),
             revision=_new(),
             attempts=(AttemptRecord(attempt=1, worker=worker, started=now),),
+            controls_before=controls_before,
             created=now,
             updated=now,
         )
@@ -138,14 +149,19 @@ class RunRecord(Kept):
         last = {"ended": _now(), "outcome": outcome, "code": code, "message": message}
         return self._with(attempts=(*self.attempts[:-1], self.attempts[-1].model_copy(update=last)))
 
-    def ended(self, event: Terminal, place: Place) -> Self:
+    def ended(self, event: Terminal, place: Place, controls_until: ReadTo | None = None) -> Self:
         """At its end; an attempt that has failed keeps its reason."""
         over = self.attempt_ended("ended") if self.attempts[-1].outcome == "running" else self
         manifest = None
         if isinstance(event, TrainCompleted):
             manifest = ManifestRef(key=event.manifest.key, sha256=event.manifest.sha256)
         return over._with(
-            state=_ENDS[type(event)], event=event.to_json().decode(), terminal=place, manifest=manifest, published=False
+            state=_ENDS[type(event)],
+            event=event.to_json().decode(),
+            terminal=place,
+            manifest=manifest,
+            published=False,
+            controls_until=controls_until,
         )
 
     def obeyed(self, control: ObeyedControl) -> Self:

@@ -128,8 +128,8 @@ class Supervisor:
 
     async def _begin(self, message: Message, intake: Intake) -> Claim:
         """A new run of the job."""
-        who = self._identity(message), self._settings.worker_id
-        return await asyncio.to_thread(self._register.create, intake.job_id, *who)
+        new = intake.job_id, self._identity(message), self._settings.worker_id, self._runner.controls.read_to
+        return await asyncio.to_thread(self._register.create, *new)
 
     def _identity(self, message: Message) -> MessageId:
         return MessageId.of(message, self._settings.kafka_group_id)
@@ -148,8 +148,8 @@ class Supervisor:
     async def _conclude(self, delivery: Delivery, running: Running, event: Terminal) -> None:
         """Write the run's end into the register, and then into the topic."""
         place = await delivery.place(self._record(event, running.intake))
-        ours = running.claim
-        claim = await patiently(lambda: self._register.finish(ours, event, place))
+        ours, read_to = running.claim, self._runner.controls.read_to
+        claim = await patiently(lambda: self._register.finish(ours, event, place, read_to))
         await self._finish(delivery, claim, running.intake)
         await self._keep_for_reuse(running, event)
         self._metrics.ended.labels(event.status).inc()
