@@ -17,7 +17,7 @@ from . import points
 from .worker import Child
 from .world import CHILD_GONE_SECONDS, Worker, World, until
 
-TRAPPED = 0.7
+TRAPPED = 0.9
 """Share of workers that begin with a trap at a named point: moments that are too short for chance to hit often."""
 EARLY_TRAPS = ("fetching:after", *(f"{phase}:after" for phase in points.PHASE_POINTS if phase != "training"))
 UPLOAD_TRAPS = ("upload:before", "object:before", "object:after", "upload:after", "manifest:before")
