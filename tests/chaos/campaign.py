@@ -44,6 +44,8 @@ class Plan:
     restart_seconds: float = 2.0
     cold: float = 0.0
     """Share of workers whose children are spawned as in production."""
+    trapped: float = 0.9
+    """Share of workers that begin with a trap."""
 
 
 async def run(plan: Plan, folder: Path, repeat: str, say: Callable[[str], None] = print) -> table.Outcome:
@@ -89,7 +91,7 @@ async def _undisturbed(world: World) -> tuple[dict[str, dict[str, str]], list[fl
 
 async def _disturbed(world: World, plan: Plan, say: Callable[[str], None]) -> Deeds:
     rng, began = random.Random(plan.seed), time.monotonic()
-    deeds = Deeds(world, rng, plan.slots, plan.restart_seconds, plan.cold)
+    deeds = Deeds(world, rng, plan.slots, plan.restart_seconds, plan.cold, plan.trapped)
     deeds.begin_keeping()
     asking = asyncio.create_task(_keep_asking(world, random.Random(plan.seed)))
     said, last_end = 0, (0, 0)

@@ -17,12 +17,10 @@ from . import points
 from .worker import Child
 from .world import CHILD_GONE_SECONDS, Worker, World, until
 
-TRAPPED = 0.9
-"""Share of workers that begin with a trap at a named point: moments that are too short for chance to hit often."""
 EARLY_TRAPS = ("fetching:after", *(f"{phase}:after" for phase in points.PHASE_POINTS if phase != "training"))
 UPLOAD_TRAPS = ("upload:before", "object:before", "object:after", "upload:after", "manifest:before")
 LATE_TRAPS = tuple(f"{point}:{side}" for point in points.POINTS for side in points.SIDES)
-TRAP_VICTIMS = (*["worker"] * 8, "broker", "broker-soon")
+TRAP_VICTIMS = (*["worker"] * 12, "broker", "broker-soon")
 STAGES = {
     "fetching": ("accepting", "fetching", "planning"),
     "loading": ("loading",),
@@ -69,13 +67,16 @@ class Deeds:
         slots: of workers.
         restart_seconds: within this long of its end a worker is started again.
         cold: share of workers whose children are spawned as in production.
+        trapped: share of workers that begin with a trap at a named point: moments too short for chance to hit often.
 
     """
 
-    def __init__(self, world: World, rng: random.Random, slots: int, restart_seconds: float, cold: float) -> None:
+    def __init__(
+        self, world: World, rng: random.Random, slots: int, restart_seconds: float, cold: float, trapped: float
+    ) -> None:
         self._world, self._rng = world, rng
         self._slots = list(range(1, slots + 1))
-        self._restart_seconds, self._cold = restart_seconds, cold
+        self._restart_seconds, self._cold, self._trapped = restart_seconds, cold, trapped
         self._began = time.monotonic()
         self._tasks: set[asyncio.Task[None]] = set()
         self._starting: set[int] = set()
@@ -266,7 +267,7 @@ class Deeds:
             if former is not None:
                 await self._see_off(former)
                 await asyncio.sleep(self._rng.uniform(0, self._restart_seconds))
-            trap = None if self._quiet or self._rng.random() > TRAPPED else self._trap()
+            trap = None if self._quiet or self._rng.random() > self._trapped else self._trap()
             self._world.start_worker(slot, trap, cold=self._rng.random() < self._cold)
         finally:
             self._starting.discard(slot)

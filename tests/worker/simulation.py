@@ -44,7 +44,7 @@ class Loop(asyncio.SelectorEventLoop):
         self.close()
 
 
-class _Jumping(selectors.SelectSelector):
+class _Jumping(selectors.DefaultSelector):
     def __init__(self, loop: Loop) -> None:
         super().__init__()
         self._loop = loop

@@ -355,8 +355,8 @@ class Misfortunes(RuleBasedStateMachine):
             if self.expected:
                 assert self.broker.offsets[SOURCE] == len(self.expected)
         finally:
-            self.loop.finish()
             self.clients.stop()
+            self.loop.finish()
             self.folder.cleanup()
 
 
