@@ -32,6 +32,7 @@ from .worker import STAGE, Child, children_of
 
 PARTITIONS = 12
 GRACE_SECONDS = 8
+ASK_SECONDS = 15.0
 CHILD_GONE_SECONDS = 5.0
 """A child ends by itself so soon after its worker was killed."""
 
@@ -238,10 +239,11 @@ class World:
         self.asked[job_id] = kind
         while True:
             try:
-                if not await self._is_asked(job_id):
-                    await publish(self.settings, record)
-                return
-            except (KafkaError, OSError):  # it may be there or not
+                async with asyncio.timeout(ASK_SECONDS):  # a client whose broker dies may wait for ever
+                    if not await self._is_asked(job_id):
+                        await publish(self.settings, record)
+                    return
+            except (KafkaError, OSError, TimeoutError):  # it may be there or not
                 await asyncio.sleep(0.5)
 
     async def _is_asked(self, job_id: str) -> bool:

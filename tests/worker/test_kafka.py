@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
+from aiokafka.errors import KafkaTimeoutError
 
 from mistudio_schemas import TrainRequested, record_for
 from mistudio_stack.native import kafka_server
@@ -164,3 +165,18 @@ async def test_a_job_ends_once_on_a_broker_that_wants_tls_and_a_password(
     assert done.key == b"job-1"
     printed = caplog.text + "".join(capfd.readouterr()) + repr(settings)
     assert PASSWORD not in printed
+
+
+async def test_a_client_that_hears_nothing_gives_up(worker_settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kafka, "START_SECONDS", 0.3)
+    connected: list[asyncio.StreamWriter] = []
+    silent = await asyncio.start_server(lambda _, writer: connected.append(writer), "127.0.0.1", 0)
+    where = f"127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+    settings = worker_settings.model_copy(update={"kafka_bootstrap_servers": where})
+    for client in (kafka.reader(settings), kafka.producer(settings, "id")):
+        with pytest.raises(KafkaTimeoutError, match="has not started"):
+            await kafka.start(client)
+    assert len(connected) == 2
+    for writer in connected:
+        writer.close()
+    silent.close()

@@ -105,12 +105,16 @@ class Deliveries:
         await self.drop_producer()
         self._doubted = False
         name = transactional_id(self.settings, source) if self.settings.kafka_transactions else None
-        self.producer, self._of = await _start(kafka.producer(self.settings, name)), source
+        producer = kafka.producer(self.settings, name)
+        await kafka.start(producer)
+        self.producer, self._of = producer, source
 
     async def end_offset(self, where: TopicPartition) -> int:
         """Where a partition of any topic ends now, or the first transaction begins that has not ended in it."""
         if self._reader is None:
-            self._reader = await _start(kafka.reader(self.settings))
+            reader = kafka.reader(self.settings)
+            await kafka.start(reader)
+            self._reader = reader
         end: int = (await self._reader.end_offsets([where]))[where]
         return end
 
@@ -324,13 +328,3 @@ def _identity(headers: Iterable[tuple[str, bytes]]) -> tuple[str | None, ...]:
     newest_first = list(headers)[::-1]
     names = ("ce_id", *(f"kafka_dlt-original-{part}" for part in ("topic", "partition", "offset")))
     return tuple(header(newest_first, name) for name in names)
-
-
-async def _start(client: kafka.Client) -> kafka.Client:
-    """The client, started; one that cannot be is closed to its end."""
-    try:
-        await client.start()
-    except BaseException:
-        await kafka.close(client)
-        raise
-    return client

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import KafkaError, for_code
+from aiokafka.errors import KafkaError, KafkaTimeoutError, for_code
 
 from mistudio_train.settings import Settings
 
@@ -27,7 +27,7 @@ DAY_MS = 24 * 3600 * 1000
 MAX_MESSAGE_BYTES = 10 * 1024 * 1024
 MAX_LETTER_BYTES = MAX_MESSAGE_BYTES + 64 * 1024
 """Of a dead letter: any message, and the reason."""
-CLOSE_SECONDS = 5.0
+START_SECONDS, CLOSE_SECONDS = 60.0, 5.0
 
 Client = TypeVar("Client", AIOKafkaConsumer, AIOKafkaProducer)
 
@@ -106,12 +106,31 @@ def reader(settings: Settings) -> AIOKafkaConsumer:
 
 @asynccontextmanager
 async def started(client: Client) -> AsyncIterator[Client]:
-    """The client, started; on the way out it is closed."""
+    """The client, started; on the way out it is closed. Raises as `start` does."""
+    await start(client)
     try:
-        await client.start()
         yield client
     finally:
         await close(client)
+
+
+async def start(client: AIOKafkaConsumer | AIOKafkaProducer) -> None:
+    """Start a client; one that cannot be started is closed to its end.
+
+    Raises:
+        KafkaTimeoutError: if it does not come to an end: a client whose broker dies meanwhile may wait for ever.
+        KafkaError: if the broker refuses, or is not there.
+
+    """
+    try:
+        async with asyncio.timeout(START_SECONDS):
+            await client.start()
+    except TimeoutError:
+        await close(client)
+        raise KafkaTimeoutError(f"a client of the broker has not started within {START_SECONDS:.0f} s") from None
+    except BaseException:
+        await close(client)
+        raise
 
 
 async def close(client: AIOKafkaConsumer | AIOKafkaProducer) -> None:
