@@ -40,7 +40,7 @@ POINTS = WORKER_POINTS + CHILD_POINTS
 SIDES = ("before", "after")
 BETWEEN_MANIFEST_AND_READ_BACK = ("register", "begin", "send", "offsets", "commit", "answer")
 STAGES = ("attempt", *(point for point in WORKER_POINTS if point not in ("object", "checkpoint-upload")))
-PASSINGS = {"object": 3, "training": 3, "checkpoint": 3}
+PASSINGS = {"object": 3, "checkpoint": 3}
 """Which passing of a point kills, where it is not the first."""
 TRAP = "trap.json"
 """The file in a worker's folder that holds its trap."""
