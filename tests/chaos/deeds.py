@@ -17,7 +17,7 @@ from . import points
 from .worker import Child
 from .world import CHILD_GONE_SECONDS, Worker, World, until
 
-EARLY_TRAPS = ("fetching:after", *(f"{phase}:after" for phase in points.PHASE_POINTS if phase != "training"))
+EARLY_TRAPS = ("fetching:after", *(f"{phase}:after" for phase in points.PHASE_POINTS))
 UPLOAD_TRAPS = ("upload:before", "object:before", "object:after", "upload:after", "manifest:before")
 LATE_TRAPS = tuple(f"{point}:{side}" for point in points.POINTS for side in points.SIDES)
 TRAP_VICTIMS = (*["worker"] * 12, "broker", "broker-soon")

@@ -35,7 +35,7 @@ WORKER_POINTS = (
     "checkpoint-upload",
 )
 CHILD_POINTS = ("checkpoint",)  # the rename that makes a file of a checkpoint whole
-PHASE_POINTS = ("loading", "extracting", "training", "exporting")  # after: the child has said that it is there
+PHASE_POINTS = ("loading", "extracting", "exporting")  # after: the child has said that it is there
 POINTS = WORKER_POINTS + CHILD_POINTS
 SIDES = ("before", "after")
 BETWEEN_MANIFEST_AND_READ_BACK = ("register", "begin", "send", "offsets", "commit", "answer")

@@ -91,11 +91,14 @@ def test_the_activations_of_all_sites_count_together(tmp_path: Path, monkeypatch
 
 def test_what_is_there_already_needs_no_more_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = Layout(3, torch.float32, (0, 10))
-    writer = ActivationWriter(tmp_path / "1-resid_post", layout)
+    writer = ActivationWriter(tmp_path / "activations" / "1-resid_post", layout)
     writer.write(0, torch.ones(10, 3))
     writer.close()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     require_room(tmp_path, layout, 1, 120)
+    (tmp_path / "tokens.bin").write_bytes(b"x" * 8192)
+    with pytest.raises(DiskFull, match="disk has"):  # what tokens take is no room for activations
+        require_room(tmp_path, Layout(3, torch.float32, (0, 1000)), 1, None)
 
 
 READ_ALL = """

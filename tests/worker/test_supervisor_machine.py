@@ -197,7 +197,6 @@ class Misfortunes(RuleBasedStateMachine):
         clients = mock.patch.multiple(kafka, producer=self._producer, reader=self._reader)
         clients.start()
         self.clients = clients
-        self._starting: Worker | None = None
         self.all: list[Worker] = []
         self.living = [self._begin() for _ in range(WORKERS)]
 

@@ -71,7 +71,7 @@ def require_room(folder: Path, layout: Layout, sites: int, limit: int | None) ->
     """See that the activations of all sites fit, before anything is computed.
 
     Args:
-        folder: of the sites' folders; what an earlier attempt has left there needs no more room.
+        folder: the scratch; activations that an earlier attempt has left there need no more room.
         limit: bytes that the job may take of the disk.
 
     Raises:
@@ -80,7 +80,7 @@ def require_room(folder: Path, layout: Layout, sites: int, limit: int | None) ->
 
     """
     wanted, free = sites * layout.rows * layout.row_bytes, shutil.disk_usage(folder).free
-    there = sum(path.stat().st_blocks * 512 for path in folder.rglob("*.bin"))
+    there = sum(path.stat().st_blocks * 512 for path in folder.glob("activations/*/*"))
     if limit is not None and wanted > limit:
         raise DiskLimit(wanted, limit)
     if wanted - there > free:

@@ -1,7 +1,7 @@
 """One message's way through the worker: read it, claim its run, let a child do the work, deliver its end.
 
-The order of the steps is the guarantee; docs/architecture.md draws it. Owns no client: store, register, devices and
-the progress topic are given.
+The order of the steps is the guarantee; docs/architecture.md draws it. Owns no client: store and runner are
+given.
 """
 
 import asyncio
@@ -75,12 +75,13 @@ class Supervisor:
             logger.info("%s is given back: this worker leaves", message.place)
 
     async def _deliver(self, delivery: Delivery, message: Message, orders: Orders) -> None:
-        if await delivery.is_done():
+        committed = await delivery.committed()
+        if committed is not None and committed > message.offset:
             return self._pass_by(delivery, message)
         try:
             intake = reading.read(message, self._settings.limits)
         except NotARequest as reason:
-            return await self._dead_letter(delivery, message, reason)
+            return await self._dead_letter(delivery, message, reason, committed)
         found = await self._find(message, intake)
         if found is None:
             return await self._run(delivery, await self._begin(message, intake), message, intake, orders)
@@ -112,10 +113,12 @@ class Supervisor:
         await patiently(lambda: self._register.published(found))
         return await self._run(delivery, await self._begin(message, intake), message, intake, orders)
 
-    async def _dead_letter(self, delivery: Delivery, message: Message, reason: NotARequest) -> None:
+    async def _dead_letter(
+        self, delivery: Delivery, message: Message, reason: NotARequest, committed: int | None
+    ) -> None:
         letter = dead_letter(message, reason, self._settings)
         place = await delivery.place(letter)
-        if await delivery.committed() is None and await delivery.is_published(letter, replace(place, end_offset=0)):
+        if committed is None and await delivery.is_published(letter, replace(place, end_offset=0)):
             logger.info("%s is a dead letter already; it is passed", message.place)
             await delivery.skip()
             return
