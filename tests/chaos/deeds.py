@@ -273,7 +273,7 @@ class Deeds:
             self._starting.discard(slot)
 
     def _trap(self) -> points.Trap:
-        moments = self._rng.choice((EARLY_TRAPS, UPLOAD_TRAPS, LATE_TRAPS, LATE_TRAPS))
+        moments = self._rng.choice((EARLY_TRAPS, UPLOAD_TRAPS, LATE_TRAPS, LATE_TRAPS, LATE_TRAPS))
         point, _, side = self._rng.choice(moments).partition(":")
         return self._world.trap(point, side, self._rng.choice(TRAP_VICTIMS))
 
