@@ -4,7 +4,6 @@ import asyncio
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Coroutine
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -57,27 +56,17 @@ class Store(DirectoryStore):
         self.fails: dict[str, bool] = {}
         """Call to whether its work is done nevertheless."""
 
-    def _may_fail(self, name: str, *args: Any) -> Any:
-        if name not in self.fails:
-            return getattr(DirectoryStore, name)(self, *args)
-        if self.fails.pop(name):
-            getattr(DirectoryStore, name)(self, *args)
-        raise StoreUnavailable("it is away", "Wait.")
+    def __getattribute__(self, name: str) -> Any:
+        call = super().__getattribute__(name)
+        if name not in STORE_STEPS or name not in self.fails:
+            return call
 
-    def put_if_absent(self, key: str, data: bytes) -> str | None:
-        return cast("str | None", self._may_fail("put_if_absent", key, data))
+        def fail(*args: Any) -> None:
+            if self.fails.pop(name):
+                call(*args)
+            raise StoreUnavailable("it is away", "Wait.")
 
-    def put_if_match(self, key: str, data: bytes, etag: str) -> str | None:
-        return cast("str | None", self._may_fail("put_if_match", key, data, etag))
-
-    def get_bytes(self, key: str) -> tuple[bytes, str]:
-        return cast("tuple[bytes, str]", self._may_fail("get_bytes", key))
-
-    def delete(self, keys: Any) -> None:
-        self._may_fail("delete", list(keys))
-
-    def folders(self, prefix: str) -> Any:
-        return self._may_fail("folders", prefix)
+        return fail
 
 
 class Worker:
@@ -235,9 +224,9 @@ class Misfortunes(RuleBasedStateMachine):
         log = self.broker.log(SOURCE)
         key = f"job-{len(log)}".encode()
         fields = {"model_name": "m", "corpus_file": "c.txt", "job_id": key.decode()}
-        entries = Producer(self.broker, _open_gate, "asker")
+        asker = Producer(self.broker, _open_gate, "asker")
         value = b"garbage" if garbage else json.dumps(fields).encode()
-        self.loop.run_until_complete(_send(entries, key, value))
+        self.loop.run_until_complete(_send(asker, key, value))
         self.expected[key] = 1
         for worker in self.living:
             worker.look()
@@ -363,14 +352,11 @@ async def _open_gate(_: str) -> None:
     """Lets everybody through."""
 
 
-def _send(asker: Producer, key: bytes, value: bytes) -> Coroutine[Any, Any, None]:
-    async def send() -> None:
-        await asker.start()
-        await asker.begin_transaction()
-        await asker.send_and_wait(SOURCE.topic, value, key=key, partition=0)
-        await asker.commit_transaction()
-
-    return send()
+async def _send(asker: Producer, key: bytes, value: bytes) -> None:
+    await asker.start()
+    await asker.begin_transaction()
+    await asker.send_and_wait(SOURCE.topic, value, key=key, partition=0)
+    await asker.commit_transaction()
 
 
 TestMisfortunes = Misfortunes.TestCase

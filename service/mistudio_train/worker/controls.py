@@ -125,7 +125,10 @@ class Controls:
                         await self._read(consumer)
             except Exception as error:  # a reader whose broker dies may fail in many ways
                 delay = next(waits)
-                logger.warning("controls cannot be read (%s); again in %.0f s", type(error).__name__, delay)
+                trace = not isinstance(error, (KafkaError, OSError))
+                logger.warning(
+                    "controls cannot be read (%s); again in %.0f s", type(error).__name__, delay, exc_info=trace
+                )
                 await asyncio.sleep(delay)
             finally:
                 self._asking = None
