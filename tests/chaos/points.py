@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from multiprocessing import parent_process
@@ -44,6 +45,8 @@ PASSINGS = {"object": 3, "checkpoint": 3}
 """Which passing of a point kills, where it is not the first."""
 TRAP = "trap.json"
 """The file in a worker's folder that holds its trap."""
+UNBLOCKING: ContextVar[bool] = ContextVar("unblocking", default=False)
+"""While a producer ends what its predecessors have left open: that is not the transaction whose points are meant."""
 SOON_SECONDS = 0.04
 """Within this long of a commit's answer a broker that is killed may lose it."""
 
@@ -164,7 +167,7 @@ def set_in_worker(trap: Passers) -> None:
 
     from mistudio_train.worker import attempt
     from mistudio_train.worker.checkpoints import CheckpointUploads
-    from mistudio_train.worker.delivery import Delivery
+    from mistudio_train.worker.delivery import Deliveries, Delivery
     from mistudio_train.worker.register import Register
     from mistudio_train.worker.s3_store import S3Store
 
@@ -177,13 +180,31 @@ def set_in_worker(trap: Passers) -> None:
     _wrap(Register, "finish", trap, "register")
     _wrap(CheckpointUploads, "_upload", trap, "checkpoint-upload")
     _wrap(Delivery, "_reads_back", trap, "read-back")
+    _mark_unblocking(Deliveries)
     for name, point in (
         ("begin_transaction", "begin"),
         ("send_and_wait", "send"),
         ("send_offsets_to_transaction", "offsets"),
     ):
-        _wrap(AIOKafkaProducer, name, trap, point, lambda producer, *_, **__: producer._txn_manager is not None)
+        _wrap(AIOKafkaProducer, name, trap, point, _is_delivering)
     _wrap_commit(AIOKafkaProducer, EndTxnHandler, trap)
+
+
+def _is_delivering(producer: Any, *_: object, **__: object) -> bool:
+    return producer._txn_manager is not None and not UNBLOCKING.get()
+
+
+def _mark_unblocking(deliveries: Any) -> None:
+    unblock = deliveries.unblock
+
+    async def new_unblock(self: Any, where: Any) -> None:
+        token = UNBLOCKING.set(True)
+        try:
+            await unblock(self, where)
+        finally:
+            UNBLOCKING.reset(token)
+
+    deliveries.unblock = new_unblock
 
 
 def _wrap_phases(attempt: Any, trap: Passers) -> None:

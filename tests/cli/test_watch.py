@@ -108,6 +108,15 @@ def test_jobs_lists_the_latest_status_of_each(cli: Cli, settings: Settings) -> N
     assert "waiting for a worker" in table
 
 
+def test_jobs_knows_of_an_end_whose_worker_died_before_it_said_so(cli: Cli, settings: Settings) -> None:
+    publish(settings, running("one"), completed("one"), running("two"), completed("two"), running("two", run=2))
+    listed = {job["job_id"]: job for job in json.loads(cli("jobs", "--json").out)}
+    assert {name: (job["status"], job["phase"], job["run"]) for name, job in listed.items()} == {
+        "one": ("completed", "ended", 1),
+        "two": ("running", "training", 2),
+    }
+
+
 def test_no_jobs(cli: Cli, settings: Settings) -> None:
     ended = cli("jobs")
     assert (ended.status, ended.out) == (0, "")

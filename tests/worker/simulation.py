@@ -72,6 +72,7 @@ class _AtOnce(ThreadPoolExecutor):
 class Entry:
     """A record in a log."""
 
+    where: TopicPartition
     key: bytes | None
     value: bytes | None
     headers: list[tuple[str, bytes]]
@@ -97,6 +98,8 @@ class Broker:
         """The group's."""
         self.epochs: dict[str, int] = {}
         self.transactions: dict[str, Transaction] = {}
+        self.unmarked: dict[str, list[Entry]] = {}
+        """A producer's, of commits that were forgotten: open until its next marker in their partition."""
         self.forgetful = False
         """It dies with the next commit's answer, and has forgotten that commit when it is back."""
 
@@ -119,19 +122,24 @@ class Broker:
         """What was promised is committed, all else aborted."""
         if (transaction := self.transactions.get(name)) is None:
             return
+        self.mark_entries(name)
         if transaction.prepared:
-            self.mark_entries(transaction)
             self.mark_offsets(name)
-            return
-        for entry in transaction.entries:
-            entry.state = "aborted"
-        del self.transactions[name]
+        else:
+            del self.transactions[name]
 
-    @staticmethod
-    def mark_entries(transaction: Transaction) -> None:
-        """The first half of a commit's markers."""
-        for entry in transaction.entries:
-            entry.state = "committed"
+    def mark_entries(self, name: str) -> None:
+        """The markers in the logs: of a commit the first half."""
+        transaction = self.transactions[name]
+        places = {entry.where for entry in transaction.entries}
+        for entry in (*transaction.entries, *self.unmarked.get(name, ())):
+            if entry.where in places and entry.state == "open":
+                entry.state = "committed" if transaction.prepared else "aborted"
+
+    def forget(self, name: str) -> None:
+        """It has died with a commit's answer: offset and markers are lost, the records are not."""
+        self.unmarked.setdefault(name, []).extend(self.transactions.pop(name).entries)
+        self.forgetful = False
 
     def mark_offsets(self, name: str) -> None:
         """The other half."""
@@ -176,9 +184,9 @@ class Producer:
         headers: list[tuple[str, bytes]] | None = None,
     ) -> None:
         await self._gate("send")
-        entry = Entry(key, value, list(headers or []), "open")
+        entry = Entry(TopicPartition(topic, partition), key, value, list(headers or []), "open")
         self._open().entries.append(entry)
-        self._broker.log(TopicPartition(topic, partition)).append(entry)
+        self._broker.log(entry.where).append(entry)
         await self._gate("sent")
 
     async def send_offsets_to_transaction(self, offsets: dict[TopicPartition, OffsetAndMetadata], group: str) -> None:
@@ -190,12 +198,12 @@ class Producer:
         await self._gate("commit")
         transaction = self._open()
         if self._broker.forgetful:
-            self._broker.forgetful = False
-            self._broker.end(self._name)
+            self._broker.forget(self._name)
             return
         transaction.prepared = True
         await self._gate("prepared")
-        self._broker.mark_entries(transaction)
+        if self._broker.transactions.get(self._name) is transaction:
+            self._broker.mark_entries(self._name)
         await self._gate("half marked")
         if self._broker.transactions.get(self._name) is transaction:
             self._broker.mark_offsets(self._name)

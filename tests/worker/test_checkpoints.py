@@ -1,14 +1,19 @@
 """Checkpoints in every kind of store: up, pruned, down again, lost and damaged; and nothing of a run that is lost."""
 
 import asyncio
+import errno
 import hashlib
+import itertools
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mistudio_train.errors import StoreUnavailable
+from mistudio_train.worker import checkpoints
 from mistudio_train.worker.artifacts import remove_leftovers
 from mistudio_train.worker.checkpoints import CheckpointUploads, Stored, restore
 from mistudio_train.worker.intake import Message
@@ -205,6 +210,35 @@ async def test_a_store_that_is_away_is_waited_for(away: AwayTwice, tmp_path: Pat
     assert away.refusals == 0
 
 
+async def test_a_volume_without_links_gets_copies(
+    store: Store, claim: Claim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    save(tmp_path / "here", 1, {SHARD: b"shard"})
+    assert await Uploading(store, claim, tmp_path / "here").store(1)
+    restore(store, claim, tmp_path / "there")
+    assert (tmp_path / "there" / SHARD).read_bytes() == b"shard"
+
+
+async def test_a_disk_that_refuses_is_tried_again(
+    store: Store, claim: Claim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors, mkdir = [OSError(errno.EIO, "it stutters")], Path.mkdir
+
+    def stutter(self: Path, *given: Any, **options: Any) -> None:
+        if errors and "outgoing" in self.parts:
+            raise errors.pop()
+        mkdir(self, *given, **options)
+
+    save(tmp_path, 1, {SHARD: b"shard"})
+    monkeypatch.setattr(Path, "mkdir", stutter)
+    assert await Uploading(store, claim, tmp_path).store(1)
+    assert "checkpoint 1 is not in the store yet: [Errno 5] it stutters" in caplog.text
+
+
 async def test_the_newest_checkpoint_is_taken_while_the_child_works(store: Store, claim: Claim, tmp_path: Path) -> None:
     save(tmp_path, 1, {SHARD: b"shard"})
     stored = asyncio.Event()
@@ -216,6 +250,25 @@ async def test_the_newest_checkpoint_is_taken_while_the_child_works(store: Store
         uploads.hear(1)
         await stored.wait()
     assert "a1/checkpoints/000001.json" in keys(store)
+
+
+async def test_storing_pauses_for_its_share_of_the_time(
+    store: Store, claim: Claim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an upload that takes a second a pause of 49 follows."""
+    pauses: asyncio.Queue[float] = asyncio.Queue()
+
+    async def pause(seconds: float) -> None:
+        pauses.put_nowait(seconds)
+        await asyncio.Event().wait()
+
+    seconds = itertools.count()
+    monkeypatch.setattr(checkpoints, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    monkeypatch.setattr(checkpoints, "asyncio", SimpleNamespace(**vars(asyncio) | {"sleep": pause}))
+    save(tmp_path, 1, {SHARD: b"shard"})
+    async with Uploading(store, claim, tmp_path).uploads as uploads, asyncio.timeout(20):
+        uploads.hear(1)
+        assert await pauses.get() == pytest.approx(49)
 
 
 async def test_of_a_run_that_has_failed_nothing_is_left(store: Store, claim: Claim, tmp_path: Path) -> None:

@@ -123,6 +123,17 @@ async def test_a_control_that_was_sent_in_a_transaction_holds_nobody_up(worker_s
         assert len(controls.of("job")) == 1
 
 
+async def test_without_the_topic_no_job_begins(worker_settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """It may be hidden from the worker, and hold controls."""
+    async with following(worker_settings) as controls, asyncio.timeout(30):
+        caught_up = asyncio.create_task(controls.caught_up())
+        while "controls cannot be read (UnknownTopicOrPartitionError)" not in caplog.text:  # noqa: ASYNC110 - a log
+            await asyncio.sleep(0.05)
+        assert not caught_up.done()
+        await kafka.ensure_topics(worker_settings)
+        await caught_up
+
+
 async def test_a_reader_that_has_fallen_asleep_is_replaced(
     worker_settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -56,3 +56,15 @@ async def test_a_cancelled_task_is_no_order() -> None:
     work.cancel()
     with pytest.raises(asyncio.CancelledError):
         await work
+
+
+async def test_who_says_by_which_orders_is_ended_by_no_other() -> None:
+    orders, begun = Orders(), asyncio.Event()
+    orders.give("cancel")
+    work = asyncio.create_task(orders.interruptible(waits(begun), frozenset({"leave"})))
+    await begun.wait()
+    orders.give("stop")
+    assert not work.done()
+    orders.give("leave")
+    with pytest.raises(Interrupted):
+        await work

@@ -131,7 +131,7 @@ class TestWhichRun:
 
     def test_a_published_one_is_run_again(self, register: Register) -> None:
         register.published(register.finish(register.create("job", ID, "w1"), failed(), PLACE))
-        claim = register.create("job", ID, "w2")
+        claim = register.create("job", ID, "w2", after=1)
         assert (claim.record.run, claim.attempt) == (2, 1)
         assert [run.record.run for run in register.runs("job")] == [2, 1]
 
@@ -150,6 +150,13 @@ class TestWhichRun:
         for run, identity in enumerate((MessageId.of(other, "group"), MessageId.of(MESSAGE, "group-2")), start=2):
             assert register.find("job", identity) is None
             assert register.create("job", identity, "w").record.run == run
+
+    def test_who_did_not_know_of_a_run_begins_none_after_it(self, register: Register) -> None:
+        """It stood still between its look and its beginning; another worker has begun and ended a run meanwhile."""
+        register.published(register.finish(register.create("job", ID, "w1"), failed(), PLACE))
+        with pytest.raises(RunLost):
+            register.create("job", ID, "w2")
+        assert register.create("job", ID, "w2", after=1).record.run == 2
 
     def test_runs_count_as_numbers_and_jobs_are_apart(self, register: Register) -> None:
         for offset in range(11):
@@ -192,6 +199,7 @@ class TestRaces:
             lambda register, claim: register.attempt_stopped(claim, ""),
             lambda register, claim: register.keep_model_commit(claim, "abc"),
             lambda register, claim: register.take_over(claim, "zombie"),
+            lambda register, claim: register.try_again(claim, "zombie", "new"),
         ],
     )
     def test_who_has_lost_the_run_writes_nothing(
@@ -253,6 +261,12 @@ class Flaky:
 
 class TestUnknownOutcomes:
     """What a put did whose answer never came is looked up."""
+
+    def test_an_attempt_that_was_begun_unawares_is_not_lost(self, register: Register) -> None:
+        claim = register.attempt_failed(register.create("job", ID, "w"), ErrorCode.CHILD_DIED, "")
+        begun = register.try_again(claim, "w", "new")
+        assert register.try_again(claim, "w", "new") == begun
+        assert (begun.attempt, outcomes(begun)) == (2, ["failed", "running"])
 
     @pytest.mark.parametrize("faults", [["lost"], ["away"], ["away", "lost"], ["away", "away"]])
     def test_every_write_is_done_once(self, store: Store, faults: list[str]) -> None:

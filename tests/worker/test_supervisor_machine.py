@@ -75,6 +75,8 @@ class Worker:
     def __init__(self, number: int, broker: Broker, store: Store, loop: Loop) -> None:
         self.name, self._broker = f"w{number}", broker
         self.fails: dict[str, bool] = {}
+        self.cancels = False
+        """Its next run."""
         self.frozen_at: set[str] = set()
         self.thawed = asyncio.Event()
         self.thawed.set()
@@ -147,14 +149,21 @@ class _Runner:
         await self._worker.gate("controls")
 
     def take_on(self, claim: Claim, message: Message, intake: Intake, orders: Orders) -> Any:
-        return SimpleNamespace(claim=claim, intake=intake, identity=None, feed=SimpleNamespace(close=self._closed))
+        feed = SimpleNamespace(close=self._closed)
+        return SimpleNamespace(claim=claim, intake=intake, identity=None, feed=feed, orders=orders)
 
     async def _closed(self, **_: Any) -> None:
+        """Nobody listens."""
+
+    async def tell_end(self, _: Any) -> None:
         """Nobody listens."""
 
     async def end_of(self, running: Any) -> TrainFailed:
         await self._worker.gate("run")
         await asyncio.sleep(1)
+        if self._worker.cancels:
+            self._worker.cancels = False
+            running.orders.give("cancel")
         await self._worker.gate("ran")
         record = running.claim.record
         return TrainFailed(
@@ -247,6 +256,11 @@ class Misfortunes(RuleBasedStateMachine):
     def fail(self, worker: int, step: str) -> None:
         """Its call or its answer is lost, the next time that it comes to that step."""
         self.living[worker].fails[step] = True
+
+    @rule(worker=workers)
+    def cancel(self, worker: int) -> None:
+        """Its next run."""
+        self.living[worker].cancels = True
 
     @rule(call=st.sampled_from(STORE_STEPS), done=st.booleans())
     def fail_store(self, call: str, done: bool) -> None:

@@ -25,6 +25,7 @@ from mistudio_schemas import (
 )
 from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
+from mistudio_train.worker.outcome import ENDED, last_status
 
 from . import group
 from .errors import CliError
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 Terminal = TrainCompleted | TrainFailed | TrainCancelled
 StatusEvent = TrainProgress | Terminal
 SOURCE = "/mistudio-train/cli"
+CLOCKS_APART_MS = 3_600_000
+"""That the clocks of two workers may differ."""
 
 
 @contextmanager
@@ -103,22 +106,6 @@ async def send(
     await producer.send_and_wait(**record.as_dict(), partition=partition)
 
 
-async def latest_statuses(settings: Settings) -> list[TrainProgress]:
-    """The latest status of every job, the newest first.
-
-    Raises:
-        KafkaError: if the topic cannot be read.
-
-    """
-    latest: dict[str, TrainProgress] = {}
-    async with reading(settings, [settings.topics.progress]) as consumer:
-        async for record in to_the_end(consumer):
-            event = _status_in(record)
-            if isinstance(event, TrainProgress):
-                latest[event.job_id] = event
-    return sorted(latest.values(), key=lambda event: event.time, reverse=True)
-
-
 @dataclass
 class Story:
     """What is known of a job: its latest status and its end.
@@ -152,6 +139,51 @@ class Story:
         if progress.run is None:  # submitted again, or for the first time: only the clocks can tell
             return end if end.time >= progress.time else None
         return end if (end.run or 0) >= progress.run else None
+
+    @property
+    def status(self) -> TrainProgress | None:
+        """How the job stands; `None`: unknown. A worker that dies with the job's end may not have said so."""
+        if self.end is None or (self.progress is not None and self.progress.status == self.end.status):
+            return self.progress
+        return last_status(self.end)
+
+
+async def latest_statuses(settings: Settings) -> list[TrainProgress]:
+    """The latest status of every job, the newest first.
+
+    Raises:
+        KafkaError: if the topics cannot be read.
+
+    """
+    told: dict[str, Story] = {}
+    going_on: dict[str, int] = {}
+    async with reading(settings, [settings.topics.progress]) as consumer:
+        async for record in to_the_end(consumer):
+            event = _status_in(record)
+            if isinstance(event, TrainProgress):
+                told.setdefault(event.job_id, Story(event.job_id)).hear(event)
+                going_on[event.job_id] = record.timestamp
+                if event.status in ENDED:
+                    del going_on[event.job_id]
+    if going_on:
+        await _hear_ends(settings, told, since=min(going_on.values()) - CLOCKS_APART_MS)
+    statuses = [story.status for story in told.values()]
+    return sorted(filter(None, statuses), key=lambda status: status.time, reverse=True)
+
+
+async def _hear_ends(settings: Settings, told: dict[str, Story], since: int) -> None:
+    """Of the jobs that seem to go on some may have ended; `since`: milliseconds since the epoch."""
+    topics = settings.topics
+    async with reading(settings, [topics.completed, topics.failed, topics.cancelled]) as consumer:
+        found = await consumer.offsets_for_times(dict.fromkeys(consumer.assignment(), since))
+        starts = {where: at.offset for where, at in found.items() if at is not None}
+        consumer.assign(list(starts))
+        for where, offset in starts.items():
+            consumer.seek(where, offset)
+        async for record in to_the_end(consumer):
+            event = _status_in(record)
+            if event is not None and event.job_id in told:
+                told[event.job_id].hear(event)
 
 
 async def follow(settings: Settings, job_id: str, run: int | None = None) -> AsyncGenerator[StatusEvent | None]:

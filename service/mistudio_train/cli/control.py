@@ -9,6 +9,7 @@ import typer
 
 from mistudio_schemas import TrainControl, TrainProgress
 from mistudio_train.settings import Settings
+from mistudio_train.worker.outcome import ENDED
 
 from .display import say
 from .environment import load_settings
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from .bus import StatusEvent
 
 commands = typer.Typer()
-ENDED = ("completed", "failed", "cancelled")
 
 Job = Annotated[str, typer.Argument(help="The job's id.")]
 Run = Annotated[int | None, typer.Option(min=1, help="This run and no other; the one that is running when left out.")]

@@ -8,6 +8,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -119,9 +120,12 @@ async def _carry_out(settings: Settings, plan: Plan) -> list[str]:
         await group.reset(settings, plan.moves)
         say(f"The group {settings.kafka_group_id} is at the new offsets; they read back so.")
         return []
-    places = await requests_log.publish_again(settings, plan.requests)
-    for one, place in zip(plan.requests, places, strict=True):
-        say(f"{one.job_id} is published again: {place}.")
+    places: list[str] = []
+    async with aclosing(requests_log.publish_again(settings, plan.requests)) as published:
+        # each as it goes out: of those before a broker's death nobody has to guess
+        async for place in published:
+            say(f"{plan.requests[len(places)].job_id} is published again: {place}.")
+            places.append(place)
     return places
 
 

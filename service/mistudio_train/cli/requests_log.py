@@ -4,7 +4,7 @@ Changes no offset and judges no bytes itself: what a message is, the worker's `i
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from uuid import uuid4
@@ -106,14 +106,14 @@ async def find(settings: Settings, selection: Selection) -> Found:
     return Found(sorted(meant.values(), key=_age), _by_number(begins))
 
 
-async def publish_again(settings: Settings, requests: list[Chosen]) -> list[str]:
-    """Send each request once more, after a `queued` status of its job. Returns their places.
+async def publish_again(settings: Settings, requests: list[Chosen]) -> AsyncGenerator[str]:
+    """Send each request once more, after a `queued` status of its job; its place, once it is acknowledged.
 
     Raises:
         KafkaError: if one is not acknowledged; those before it were.
 
     """
-    topics, places = settings.topics, []
+    topics = settings.topics
     async with kafka.started(kafka.producer(settings)) as producer:
         await bus.require_topics(producer.client, [topics.progress, topics.requested])
         waiting = await group.waiting(settings, await producer.partitions_for(topics.requested))
@@ -121,8 +121,7 @@ async def publish_again(settings: Settings, requests: list[Chosen]) -> list[str]
             record = repeated(one)
             await bus.send(producer, settings, bus.queued(str(one.job_id)))
             sent = await producer.send_and_wait(**record.as_dict(), partition=group.emptiest(waiting))
-            places.append(f"{sent.topic}-{sent.partition}@{sent.offset}")
-    return places
+            yield f"{sent.topic}-{sent.partition}@{sent.offset}"
 
 
 def repeated(one: Chosen) -> KafkaRecord:

@@ -61,7 +61,7 @@ class Attempt:
     ) -> None:
         self._settings, self._store, self._register, self._devices = settings, store, register, devices
         self._running, self._job = running, job
-        self._feed, self._workspace, self._claim = running.feed, running.workspace, running.claim
+        self._feed, self._workspace, self._claim = running.feed, running.workspace.folder, running.claim
         assert running.intake.request is not None  # the supervisor has refused it otherwise
         self._request: TrainRequested = running.intake.request
         self._token = self._hub_token(running.intake)
@@ -95,6 +95,7 @@ class Attempt:
             await asyncio.to_thread(self._storing.acquire, timeout=LINGER_SECONDS)
 
     async def _run(self) -> TrainCompleted:
+        await asyncio.to_thread(self._running.workspace.hold)
         await asyncio.to_thread(shutil.rmtree, self._workspace / "output", ignore_errors=True)
         corpus = await self._fetch_corpus()
         await self._restore()

@@ -99,6 +99,16 @@ def _read(store: Store, key: str, workspace: Path) -> Stored | None:
     return Stored(number, key, files, sha256)
 
 
+def _link(file: Path, link: Path) -> None:
+    """A second name of the file, or a copy where the volume knows no links. Raises OSError."""
+    try:
+        os.link(file, link)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(file, link)
+
+
 def _sha256(index: str) -> dict[str, str]:
     return {name: str(ref["sha256"]) for name, ref in json.loads(index)["files"].items()}
 
@@ -193,7 +203,7 @@ class CheckpointUploads:
                 await asyncio.to_thread(self._upload, number)
             except FileNotFoundError:  # the child has written two more meanwhile, and will be heard
                 return None
-            except StoreUnavailable as error:
+            except (StoreUnavailable, OSError) as error:
                 logger.warning("checkpoint %d is not in the store yet: %s", number, error)
                 return None
             except RunLost as error:
@@ -227,7 +237,7 @@ class CheckpointUploads:
         links = {name: outgoing / name for name in sha256 if name not in there}
         for name, link in links.items():  # the child may let go of the files meanwhile
             link.parent.mkdir(parents=True, exist_ok=True)
-            os.link(self._workspace / name, link)
+            _link(self._workspace / name, link)
         for name, link in links.items():
             there[name] = f"{self._prefix}files/{name}"
             self._store.put_file(there[name], link, on_bytes=self._require_time)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
-from aiokafka.errors import KafkaError, KafkaTimeoutError
+from aiokafka.errors import KafkaError, KafkaTimeoutError, UnknownTopicOrPartitionError
 
 from mistudio_schemas import TrainControl, parse_event
 from mistudio_train.errors import brief
@@ -176,7 +176,9 @@ class Controls:
 
     async def _begin(self, consumer: AIOKafkaConsumer) -> None:
         topic = self._settings.topics.control
-        numbers = (await consumer._client.fetch_all_metadata()).partitions_for_topic(topic) or set()
+        numbers = (await consumer._client.fetch_all_metadata()).partitions_for_topic(topic)
+        if not numbers:  # it is not shown to this worker, or not yet
+            raise UnknownTopicOrPartitionError(topic)
         places = [TopicPartition(topic, number) for number in sorted(numbers)]
         consumer.assign(places)
         for place, begin in (await consumer.beginning_offsets(places)).items():

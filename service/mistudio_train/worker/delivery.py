@@ -86,6 +86,7 @@ class Deliveries:
         self.producer: AIOKafkaProducer | None = None
         self._of: TopicPartition | None = None
         self._doubted = False
+        self._unblocked: set[TopicPartition] = set()
         self._reader: AIOKafkaConsumer | None = None
 
     def doubt(self) -> None:
@@ -108,6 +109,27 @@ class Deliveries:
         producer = kafka.producer(self.settings, name)
         await kafka.start(producer)
         self.producer, self._of = producer, source
+        self._unblocked.clear()
+
+    async def unblock(self, where: TopicPartition) -> None:
+        """End what the producer's predecessors have left open in a partition; to be done before it is read or written.
+
+        A broker that dies in a commit may lose its markers. What was written then stays hidden, with all behind it,
+        until the producer's next marker there, which decides for both: one aborted record, once, in each partition.
+        """
+        if not self.settings.kafka_transactions or where in self._unblocked:
+            return
+        producer = self.require_producer()
+        await producer.begin_transaction()
+        await producer.send_and_wait(where.topic, None, key=b"aborted", partition=where.partition)
+        await producer.abort_transaction()
+        self._unblocked.add(where)
+
+    def require_producer(self) -> AIOKafkaProducer:
+        """The producer. Raises `KafkaTimeoutError` if an error has cost it."""
+        if self.producer is None:
+            raise KafkaTimeoutError("no producer")
+        return self.producer
 
     async def end_offset(self, where: TopicPartition) -> int:
         """Where a partition of any topic ends now, or the first transaction begins that has not ended in it."""
@@ -195,7 +217,7 @@ class Delivery:
 
     async def _place(self, record: KafkaRecord) -> Place:
         # not with another producer: whoever starts one has to see again whether the message is done
-        partitions = sorted(await self._require_producer().partitions_for(record.topic))
+        partitions = sorted(await self._deliveries.require_producer().partitions_for(record.topic))
         partition = DefaultPartitioner()(record.key, partitions, partitions)
         where = TopicPartition(record.topic, partition)
         return Place(record.topic, partition, await self._deliveries.end_offset(where))
@@ -226,6 +248,8 @@ class Delivery:
         end = (await self._group.end_offsets([self._source]))[self._source]
         if self._offset + 1 >= end:
             await self._commit(None, Place(self._source.topic, self._source.partition, 0))
+            if not await self._reads_back():
+                raise KafkaTimeoutError("the offset does not read back")
         self.read_on()
 
     def read_on(self) -> None:
@@ -240,8 +264,6 @@ class Delivery:
                 await self.end_others()
                 if await self.is_done():
                     return True
-                if self._settings.kafka_transactions:
-                    await self._unblock(place)
                 published = await self.is_published(record, place)
             else:
                 published = False
@@ -257,12 +279,14 @@ class Delivery:
     async def _commit(self, record: KafkaRecord | None, place: Place) -> None:
         """One short transaction: the record, and the offset behind the message."""
         offsets = {self._source: OffsetAndMetadata(self._offset + 1, "")}
-        producer = self._require_producer()
+        producer = self._deliveries.require_producer()
         if not self._settings.kafka_transactions:
             if record is not None:
                 await self._send(producer, record, place)
             await self._group.commit(offsets)
             return
+        if record is not None:
+            await self._deliveries.unblock(TopicPartition(place.topic, place.partition))
         await producer.begin_transaction()
         if record is not None:
             await self._send(producer, record, place)
@@ -294,6 +318,7 @@ class Delivery:
 
         """
         where = TopicPartition(place.topic, place.partition)
+        await self._deliveries.unblock(where)
         # up to the very end: somebody's open transaction, which is over in a minute, may hide what lies behind it
         end = (await self._group.end_offsets([where]))[where]
         async with kafka.started(kafka.reader(self._settings)) as reader:
@@ -305,18 +330,6 @@ class Delivery:
                 if any(_identity(found.headers) == _identity(record.headers) for found in batch.get(where, [])):
                     return True
             return False
-
-    async def _unblock(self, place: Place) -> None:
-        """One aborted record: ends a transaction whose markers a dead broker has lost, so that readers go on."""
-        producer = self._require_producer()
-        await producer.begin_transaction()
-        await producer.send_and_wait(place.topic, None, key=b"aborted", partition=place.partition)
-        await producer.abort_transaction()
-
-    def _require_producer(self) -> AIOKafkaProducer:
-        if self._deliveries.producer is None:
-            raise KafkaTimeoutError("no producer")
-        return self._deliveries.producer
 
     def _require_partition(self) -> None:
         if self._source not in self._group.assignment():

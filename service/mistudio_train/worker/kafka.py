@@ -180,7 +180,8 @@ def topic_plans(settings: Settings) -> list[TopicPlan]:
         TopicPlan(names.completed, 8, year),
         TopicPlan(names.failed, 8, year),
         TopicPlan(names.cancelled, 8, year),
-        TopicPlan(names.dead_letter, 1, month | {"max.message.bytes": str(MAX_LETTER_BYTES)}),
+        # kept as long as its message: a group whose offsets are forgotten finds there that it has ended
+        TopicPlan(names.dead_letter, 1, year | {"max.message.bytes": str(MAX_LETTER_BYTES)}),
     ]
 
 

@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 Order = Literal["stop", "cancel", "leave"]
 """`stop`: deliver what there is; `cancel`: throw it away; `leave`: save it, somebody else goes on."""
+ENDING: frozenset[Order] = frozenset({"cancel", "leave"})
+"""After which there is no result."""
 
 
 class Interrupted(Exception):
@@ -26,12 +28,13 @@ class Orders:
         self.deadline = float("inf")
         """By the loop's clock: when a job that is to leave will be ended without being asked."""
         self._work: asyncio.Task[Any] | None = None
+        self._ends_work = ENDING
         self._attendant: Callable[[Order], None] | None = None
 
     @property
     def ending(self) -> bool:
         """Whether the job is to end without a result."""
-        return bool(self.given & {"cancel", "leave"})
+        return bool(self.given & ENDING)
 
     def leave(self, seconds: float) -> None:
         """Give the job so long to leave in good order."""
@@ -45,26 +48,29 @@ class Orders:
         self.given.add(order)
         if self._attendant is not None:
             self._attendant(order)
-        elif self.ending and self._work is not None:
+        elif order in self._ends_work and self._work is not None:
             self._work.cancel()
 
-    async def interruptible(self, work: Coroutine[Any, Any, T]) -> T:
+    async def interruptible(self, work: Coroutine[Any, Any, T], by: frozenset[Order] = ENDING) -> T:
         """Await `work`, as long as no order ends it.
+
+        Args:
+            by: the orders that do.
 
         Raises:
             Interrupted: if one does.
 
         """
-        if self.ending:
+        if self.given & by:
             work.close()
             raise Interrupted
         task, ours = asyncio.create_task(work), asyncio.current_task()
         assert ours is not None  # a coroutine that runs has one
-        self._work = task
+        self._work, self._ends_work = task, by
         try:
             return await task
         except asyncio.CancelledError:
-            if self.ending and not ours.cancelling():
+            if self.given & by and not ours.cancelling():
                 raise Interrupted from None
             raise
         finally:

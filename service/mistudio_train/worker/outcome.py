@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from mistudio_schemas import ArtifactRef, TrainCancelled, TrainCompleted, TrainFailed, TrainProgress
+from mistudio_schemas.events import StatusFields
 from mistudio_train import __version__
 from mistudio_train.errors import JobError
 from mistudio_train.messages import Finished
 
+ENDED = ("completed", "failed", "cancelled")
+"""What a job's status is when it has ended."""
 LISTED = 1000
 """Entries of a list in an event at most; the files have all."""
 
@@ -107,3 +110,9 @@ def cancelled(who: Who, now: TrainProgress, requested_by: str | None, message: s
         phase=now.phase,
         step=now.step,
     )
+
+
+def last_status(end: StatusFields) -> TrainProgress:
+    """What the compacted topic of statuses is to say of a run that has ended."""
+    told = end.model_dump(include=set(StatusFields.model_fields))
+    return TrainProgress.model_validate(told | {"phase": "ended"})

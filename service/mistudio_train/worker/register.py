@@ -60,19 +60,27 @@ class Register:
         """The ids of all jobs that ever began."""
         return self._store.folders(f"{self._store.prefix}jobs/")
 
-    def create(self, job_id: str, message: MessageId, worker: str, controls_before: ReadTo | None = None) -> Claim:
+    def create(
+        self,
+        job_id: str,
+        message: MessageId,
+        worker: str,
+        controls_before: ReadTo | None = None,
+        after: int = 0,
+    ) -> Claim:
         """A new run with the next number.
 
         Args:
             controls_before: how far the worker has read the controls.
+            after: the newest run of this very message that the worker knows of; 0: none.
 
         Raises:
-            RunLost: if a run of this very message is running: another worker was first.
+            RunLost: if there is a newer one, or it is running: another worker was first.
 
         """
         for run in count(max(self._numbers(job_id), default=0) + 1):
             present = self.find(job_id, message)
-            if present is not None and present.record.state == "running":
+            if present is not None and (present.record.run > after or present.record.state == "running"):
                 raise RunLost(job_id, present.record.run, present)
             try:
                 return self._put(
@@ -94,9 +102,19 @@ class Register:
             raise ValueError(f"job {claim.record.job_id} run {claim.record.run} has ended")
         return self._put(claim.key, claim.record.taken_over(worker), claim.etag)
 
-    def try_again(self, claim: Claim, worker: str) -> Claim:
-        """The next attempt of a run that this worker still owns. Raises `RunLost`."""
-        return self._as_owner(claim, lambda record: record.taken_over(worker))
+    def try_again(self, claim: Claim, worker: str, owner: str) -> Claim:
+        """The next attempt of a run that this worker still owns. Raises `RunLost`.
+
+        Args:
+            owner: a new one, by which a repeated call knows what an earlier one has done.
+
+        """
+        try:
+            return self._as_owner(claim, lambda record: record.taken_over(worker, owner))
+        except RunLost as lost:
+            if lost.present is not None and lost.present.record.owner == owner:
+                return lost.present
+            raise
 
     def attempt_failed(self, claim: Claim, code: ErrorCode, message: str) -> Claim:
         """Note why the present attempt failed; the run goes on. Raises `RunLost`."""

@@ -126,21 +126,21 @@ class RunRecord(Kept):
             job_id=job_id,
             run=run,
             message=message,
-            owner=_new(),
-            revision=_new(),
+            owner=new_name(),
+            revision=new_name(),
             attempts=(AttemptRecord(attempt=1, worker=worker, started=now),),
             controls_before=controls_before,
             created=now,
             updated=now,
         )
 
-    def taken_over(self, worker: str) -> Self:
-        """At its next attempt, owned by `worker`."""
+    def taken_over(self, worker: str, owner: str | None = None) -> Self:
+        """At its next attempt, owned by `worker`; `owner` is to be a new one."""
         now, last = _now(), self.attempts[-1]
         if last.outcome == "running":
             last = last.model_copy(update={"ended": now, "outcome": "abandoned"})
         following = AttemptRecord(attempt=last.attempt + 1, worker=worker, started=now)
-        return self._with(owner=_new(), attempts=(*self.attempts[:-1], last, following))
+        return self._with(owner=owner or new_name(), attempts=(*self.attempts[:-1], last, following))
 
     def attempt_ended(
         self, outcome: Literal["failed", "stopped", "ended"], code: ErrorCode | None = None, message: str = ""
@@ -194,7 +194,7 @@ class RunRecord(Kept):
         return max(0.0, (_now() - self.created).total_seconds())
 
     def _with(self, **changes: object) -> Self:
-        return self.model_copy(update={**changes, "revision": _new(), "updated": _now()})
+        return self.model_copy(update={**changes, "revision": new_name(), "updated": _now()})
 
 
 @dataclass(frozen=True)
@@ -243,5 +243,6 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _new() -> str:
+def new_name() -> str:
+    """Of an owner or a revision: no other has it."""
     return uuid4().hex

@@ -22,11 +22,11 @@ from .intake import Intake, Message
 from .metrics import Metrics
 from .obedience import Obedience
 from .orders import Interrupted, Orders
-from .outcome import cancelled, failed
+from .outcome import cancelled, failed, last_status
 from .patience import patiently
 from .progress import ProgressFeed
 from .register import Claim, Register, RunLost
-from .run_record import Terminal
+from .run_record import Terminal, new_name
 from .running import Running
 from .store import Store
 from .workspace import Workspace
@@ -73,8 +73,15 @@ class Runner:
         silence = self._settings.kafka_session_timeout_ms / 2000
         first = self._first_event(claim, intake)
         feed = ProgressFeed(self._publish_progress, first, lambda: self._is_ours(running), silence)
-        running = Running(message, intake, claim, feed, orders, folder)
+        running = Running(message, intake, claim, feed, orders, Workspace(folder))
         return running
+
+    async def tell_end(self, end: Terminal) -> None:
+        """The last word on a run whose worker came to its end and died before it said so."""
+        try:
+            await self._publish_progress(last_status(end))
+        except Exception as error:
+            logger.warning("progress of %s was not published: %s", end.job_id, type(error).__name__)
 
     async def end_of(self, running: Running) -> Terminal:
         """How the run ends; its workspace is gone then.
@@ -84,7 +91,6 @@ class Runner:
             Interrupted: if this worker leaves, and another one will end it.
 
         """
-        workspace = await asyncio.to_thread(Workspace, running.workspace)
         self._obedience.running.add(running)
         try:
             with self._metrics.running.track_inprogress():
@@ -94,7 +100,7 @@ class Runner:
             raise
         finally:
             self._obedience.running.discard(running)
-            await asyncio.to_thread(workspace.remove)
+            await asyncio.to_thread(running.workspace.remove)
 
     async def _obedient_end_of(self, running: Running) -> Terminal:
         try:
@@ -163,7 +169,8 @@ class Runner:
         return await patiently(lambda: self._register.attempt_failed(claim, error.code, str(error)))
 
     async def _next_attempt(self, claim: Claim) -> Claim:
-        return await patiently(lambda: self._register.try_again(claim, self._settings.worker_id))
+        owner = new_name()
+        return await patiently(lambda: self._register.try_again(claim, self._settings.worker_id, owner))
 
     def _first_event(self, claim: Claim, intake: Intake) -> TrainProgress:
         return TrainProgress(

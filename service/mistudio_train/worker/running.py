@@ -2,7 +2,6 @@
 
 import asyncio
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from .checkpoints import Stored
 from .intake import Intake, Message
@@ -10,6 +9,7 @@ from .orders import Orders
 from .outcome import Who
 from .progress import ProgressFeed
 from .register import Claim
+from .workspace import Workspace
 
 
 @dataclass(eq=False)
@@ -22,8 +22,8 @@ class Running:
     """As the register was read or written last."""
     feed: ProgressFeed
     orders: Orders
-    workspace: Path
-    """Held for as long as the run is."""
+    workspace: Workspace
+    """Held from the first attempt on, for as long as the run is."""
     checkpoints: list[Stored] = field(default_factory=list)
     """In the store, the newest first."""
 

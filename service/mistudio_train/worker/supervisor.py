@@ -22,7 +22,7 @@ from .dead_letter import dead_letter
 from .delivery import Deliveries, Delivery, PartitionLost
 from .intake import Intake, Message, NotARequest
 from .metrics import Metrics
-from .orders import Interrupted, Orders
+from .orders import Interrupted, Order, Orders
 from .patience import patiently
 from .register import Claim, Register, RunLost
 from .reuse import keep_result
@@ -33,6 +33,8 @@ from .store import Store
 
 logger = logging.getLogger(__name__)
 
+LEAVING: frozenset[Order] = frozenset({"leave"})
+"""All that keeps a message from its end here: one that is cancelled still has to end so."""
 RUN_LOST_SECONDS = 5.0
 """Until a run that another worker has taken may be taken back, if the partition is still ours then."""
 
@@ -53,7 +55,7 @@ class Supervisor:
                     logger.info("%s is another worker's now", message.place)
                     return
                 try:
-                    await orders.interruptible(self._runner.controls.caught_up())
+                    await orders.interruptible(self._runner.controls.caught_up(), LEAVING)
                     async with Delivery(deliveries, source, message.offset) as delivery:
                         await self._deliver(delivery, message, orders)
                         return
@@ -68,7 +70,7 @@ class Supervisor:
                 except Exception:
                     # skipping the message would lose it silently at the next commit
                     logger.exception("a defect holds up %s; trying again in %.0f s", message.place, delay)
-                await orders.interruptible(asyncio.sleep(delay))
+                await orders.interruptible(asyncio.sleep(delay), LEAVING)
         except PartitionLost:
             logger.warning("%s was given to another worker; nothing more is written for it", message.place)
         except Interrupted:
@@ -84,7 +86,7 @@ class Supervisor:
             return await self._dead_letter(delivery, message, reason, committed)
         found = await self._find(message, intake)
         if found is None:
-            return await self._run(delivery, await self._begin(message, intake), message, intake, orders)
+            return await self._run(delivery, await self._begin(message, intake, None), message, intake, orders)
         # what another worker has left open of it must be over before anybody can say how far it has come
         await delivery.end_others()
         if await delivery.is_done():
@@ -103,7 +105,8 @@ class Supervisor:
             return await self._run(delivery, claim, message, intake, orders)
         if not await self._is_published(delivery, found, intake):
             logger.info("job %s run %d had ended; its event is published now", intake.job_id, found.record.run)
-            return await self._finish(delivery, found, intake)
+            await self._finish(delivery, found, intake)
+            return await self._runner.tell_end(found.ended()[0])
         if await delivery.committed() is None:
             # Kafka forgets an idle group's offsets; what this group has published is not to run again for that
             logger.info("%s ended as job %s run %d; it is passed", message.place, intake.job_id, found.record.run)
@@ -111,7 +114,7 @@ class Supervisor:
         # Event and offset were committed together, so an offset below the event means that the group was set back.
         logger.info("job %s run %d is published: this is a replay", intake.job_id, found.record.run)
         await patiently(lambda: self._register.published(found))
-        return await self._run(delivery, await self._begin(message, intake), message, intake, orders)
+        return await self._run(delivery, await self._begin(message, intake, found), message, intake, orders)
 
     async def _dead_letter(
         self, delivery: Delivery, message: Message, reason: NotARequest, committed: int | None
@@ -129,10 +132,10 @@ class Supervisor:
     async def _find(self, message: Message, intake: Intake) -> Claim | None:
         return await asyncio.to_thread(self._register.find, intake.job_id, self._identity(message))
 
-    async def _begin(self, message: Message, intake: Intake) -> Claim:
-        """A new run of the job."""
+    async def _begin(self, message: Message, intake: Intake, newest: Claim | None) -> Claim:
+        """A new run of the job, after the message's newest one."""
         new = intake.job_id, self._identity(message), self._settings.worker_id, self._runner.controls.read_to
-        return await asyncio.to_thread(self._register.create, *new)
+        return await asyncio.to_thread(self._register.create, *new, newest.record.run if newest else 0)
 
     def _identity(self, message: Message) -> MessageId:
         return MessageId.of(message, self._settings.kafka_group_id)

@@ -14,16 +14,23 @@ logger = logging.getLogger(__name__)
 
 
 class Workspace:
-    """A folder that this process holds until it removes it, or dies."""
+    """A folder that this process holds from `hold` until it removes it, or dies."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._held = _hold(folder)
+        self._held: int | None = None
+
+    def hold(self) -> None:
+        """Make it, if that is not done. Raises OSError if it cannot be made."""
+        if self._held is None:
+            self._held = _hold(self.folder)
 
     def remove(self) -> None:
         """Delete it with all that is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self._held)
+        if self._held is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            os.close(self._held)
+            self._held = None
 
 
 def bytes_in(folder: Path) -> int:
