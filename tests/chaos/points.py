@@ -167,7 +167,8 @@ def set_in_worker(trap: Passers) -> None:
 
     from mistudio_train.worker import attempt
     from mistudio_train.worker.checkpoints import CheckpointUploads
-    from mistudio_train.worker.delivery import Deliveries, Delivery
+    from mistudio_train.worker.deliveries import Deliveries
+    from mistudio_train.worker.delivery import Delivery
     from mistudio_train.worker.register import Register
     from mistudio_train.worker.s3_store import S3Store
 

@@ -13,7 +13,7 @@ from mistudio_schemas import KafkaRecord
 from mistudio_train.cli import group
 from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
-from mistudio_train.worker.delivery import transactional_id
+from mistudio_train.worker.deliveries import transactional_id
 from tests.cli.conftest import Cli
 from tests.cli.topics import send
 

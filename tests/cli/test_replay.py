@@ -18,7 +18,7 @@ from mistudio_train.cli import group
 from mistudio_train.cli.requests_log import Chosen, repeated
 from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
-from mistudio_train.worker.delivery import transactional_id
+from mistudio_train.worker.deliveries import transactional_id
 from mistudio_train.worker.intake import Message, read
 from tests.cli.conftest import Cli, Outcome
 from tests.cli.events import completed, running

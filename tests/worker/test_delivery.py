@@ -14,7 +14,8 @@ from mistudio_schemas import KafkaRecord, header
 from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
 from mistudio_train.worker.dead_letter import dead_letter
-from mistudio_train.worker.delivery import Deliveries, Delivery, PartitionLost
+from mistudio_train.worker.deliveries import Deliveries
+from mistudio_train.worker.delivery import Delivery, PartitionLost
 from mistudio_train.worker.intake import Message, NotARequest
 
 OFFSET = 0

@@ -19,7 +19,7 @@ from mistudio_schemas import ErrorCode, TrainFailed
 from mistudio_train.errors import StoreUnavailable
 from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
-from mistudio_train.worker.delivery import Deliveries, transactional_id
+from mistudio_train.worker.deliveries import Deliveries, transactional_id
 from mistudio_train.worker.intake import Intake, Message
 from mistudio_train.worker.metrics import Metrics
 from mistudio_train.worker.orders import Orders

@@ -17,7 +17,7 @@ from aiokafka.structs import OffsetAndMetadata
 
 from mistudio_train.settings import Settings
 from mistudio_train.worker import kafka
-from mistudio_train.worker.delivery import transactional_id
+from mistudio_train.worker.deliveries import transactional_id
 
 from .errors import CliError
 

@@ -8,7 +8,7 @@ from aiokafka import ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 
 from mistudio_train.settings import Settings
 
-from .delivery import Deliveries, Group
+from .deliveries import Deliveries, Group
 from .intake import Message
 from .metrics import Metrics
 from .orders import Orders

@@ -19,7 +19,8 @@ from . import intake as reading
 from .artifacts import remove_leftovers
 from .backoff import backoff
 from .dead_letter import dead_letter
-from .delivery import Deliveries, Delivery, PartitionLost
+from .deliveries import Deliveries
+from .delivery import Delivery, PartitionLost
 from .intake import Intake, Message, NotARequest
 from .metrics import Metrics
 from .orders import Interrupted, Order, Orders
