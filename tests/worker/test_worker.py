@@ -97,6 +97,16 @@ async def test_a_job_that_takes_more_of_the_disk_than_it_may_fails_and_leaves_no
     assert not any(settings.workspaces.iterdir())
 
 
+async def test_a_workspace_that_cannot_be_made_fails_its_job_and_holds_nothing_up(settings: Settings) -> None:
+    settings.workspaces.mkdir(parents=True)
+    (settings.workspaces / "job-1-r1-a1").touch()
+    two = (request(job, settings) for job in ("job-1", "job-2"))
+    failed, done = sorted(await ends_of(settings, jobs.works, 2, *two), key=lambda end: end.job_id)
+    assert (failed.status, failed.code, failed.attempts) == ("failed", ErrorCode.INTERNAL, 1)
+    assert "job-1-r1-a1" in "".join(failed.traceback)
+    assert done.status == "completed"
+
+
 async def test_a_request_out_of_range_fails_in_the_seeds_words(settings: Settings) -> None:
     raw = {"model_name": "m", "corpus_file": "corpus.txt", "job_id": "job-1", "hidden_dim": 1}
     record = {"topic": settings.topics.requested, "value": json.dumps(raw).encode()}
