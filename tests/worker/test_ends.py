@@ -139,11 +139,15 @@ async def test_cancel_removes_the_checkpoints(settings: Settings) -> None:
     assert objects_of(settings, "job-1") == ["run.json"]
 
 
-async def test_a_queued_job_is_acknowledged_behind_a_running_one_and_never_begun(settings: Settings) -> None:
+@pytest.mark.parametrize("wanted", [4, 64])
+async def test_a_queued_job_is_acknowledged_behind_a_running_one_and_never_begun(
+    settings: Settings, wanted: int
+) -> None:
+    """Also where the topic has fewer partitions than the worker would have given it."""
     topics = settings.topics
     await publish(settings, request("job-1", settings), request("job-2", settings))
     async with (
-        running_worker(settings, jobs.waits_in("training")),
+        running_worker(settings.model_copy(update={"kafka_request_partitions": wanted}), jobs.waits_in("training")),
         reading(settings, topics.progress, *ends(settings)) as r,
     ):
         await said_of(r, "job-1", phase="training")

@@ -77,10 +77,10 @@ def build_app(
         headers = {name: value.decode() for name, value in record.headers}
         await broker.publish(record.value, record.topic, key=record.key, headers=headers)
 
-    def speaks_for(job_id: str) -> bool:
+    def speaks_for(job_id: str, partitions: list[int]) -> bool:
         """Of all workers one speaks for a job that none has begun: the one with the partition of its key."""
-        numbers = list(range(settings.kafka_request_partitions))
-        where = TopicPartition(settings.topics.requested, DefaultPartitioner()(job_id.encode(), numbers, numbers))
+        number = DefaultPartitioner()(job_id.encode(), partitions, partitions)
+        where = TopicPartition(settings.topics.requested, number)
         return any(where in (slot.assigned or ()) for slot in slots)
 
     runner = Runner(settings, store, devices, metrics, publish_progress, speaks_for, job)

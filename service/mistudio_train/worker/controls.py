@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
-from aiokafka.errors import KafkaError, KafkaTimeoutError, UnknownTopicOrPartitionError
+from aiokafka.errors import KafkaConnectionError, KafkaError, KafkaTimeoutError, UnknownTopicOrPartitionError
 
 from mistudio_schemas import TrainControl, parse_event
 from mistudio_train.errors import brief
@@ -165,6 +165,17 @@ class Controls:
             await self._moved.wait_for(lambda: self._is_read_to(ends))
         self._live = True
 
+    async def partitions_of(self, topic: str) -> list[int]:
+        """The partitions that a topic has now.
+
+        Raises:
+            KafkaError: if the broker does not say.
+
+        """
+        if self._asking is None:
+            raise KafkaConnectionError("the broker is away")
+        return await _partitions_of(topic, self._asking)
+
     async def _ends(self) -> dict[TopicPartition, int]:
         for delay in backoff((0.1, 0.5, 1.0)):
             if (asking := self._asking) is not None:
@@ -176,10 +187,7 @@ class Controls:
 
     async def _begin(self, consumer: AIOKafkaConsumer) -> None:
         topic = self._settings.topics.control
-        numbers = (await consumer._client.fetch_all_metadata()).partitions_for_topic(topic)
-        if not numbers:  # it is not shown to this worker, or not yet
-            raise UnknownTopicOrPartitionError(topic)
-        places = [TopicPartition(topic, number) for number in sorted(numbers)]
+        places = [TopicPartition(topic, number) for number in await _partitions_of(topic, consumer)]
         consumer.assign(places)
         for place, begin in (await consumer.beginning_offsets(places)).items():
             self._next[place] = max(begin, self._next.get(place, 0))
@@ -193,6 +201,13 @@ class Controls:
                 if self._live:
                     self._on_control(control)
             self._next[TopicPartition(record.topic, record.partition)] = record.offset + 1
+
+
+async def _partitions_of(topic: str, consumer: AIOKafkaConsumer) -> list[int]:
+    numbers = (await consumer._client.fetch_all_metadata()).partitions_for_topic(topic)
+    if not numbers:  # it is not shown to this worker, or not yet
+        raise UnknownTopicOrPartitionError(topic)
+    return sorted(numbers)
 
 
 def read(record: ConsumerRecord) -> Control | None:

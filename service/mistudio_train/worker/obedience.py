@@ -25,7 +25,8 @@ class Obedience:
 
     Args:
         publish_progress: sends a progress event.
-        speaks_for: whether it is this worker, of all, that speaks for a job that none has begun.
+        speaks_for: whether it is this worker, of all, that speaks for a job that none has begun; told the partitions
+            of the requests' topic.
 
     """
 
@@ -34,9 +35,10 @@ class Obedience:
         settings: Settings,
         register: Register,
         publish_progress: Callable[[TrainProgress], Awaitable[None]],
-        speaks_for: Callable[[str], bool],
+        speaks_for: Callable[[str, list[int]], bool],
     ) -> None:
         self._register, self._publish_progress, self._speaks_for = register, publish_progress, speaks_for
+        self._requests = settings.topics.requested
         self.controls = Controls(settings, self._on_control)
         """To be followed while the worker runs."""
         self.running: set[Running] = set()
@@ -46,7 +48,7 @@ class Obedience:
     def _on_control(self, control: Control) -> None:
         runs = [running for running in self.running if running.intake.job_id == control.job_id]
         heeding: list[Coroutine[Any, Any, None]] = [self._heed_now(running) for running in runs]
-        if not runs and self._speaks_for(control.job_id):
+        if not runs and control.action == "cancel":
             heeding.append(self._answer_for_queued(control))
         for one in heeding:
             task = asyncio.create_task(one)
@@ -56,7 +58,10 @@ class Obedience:
     async def _answer_for_queued(self, control: Control) -> None:
         """Say of a job that no worker has ever taken that it is to be cancelled; whoever gets it will see to it."""
         try:
-            if control.action != "cancel" or await asyncio.to_thread(self._has_begun, control.job_id):
+            partitions = await self.controls.partitions_of(self._requests)
+            if not self._speaks_for(control.job_id, partitions):
+                return
+            if await asyncio.to_thread(self._has_begun, control.job_id):
                 return
             who = control.requested_by or "somebody"
             message = f"{who} has cancelled the job before a worker has taken it"

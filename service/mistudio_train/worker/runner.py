@@ -41,7 +41,8 @@ class Runner:
 
     Args:
         publish_progress: sends a progress event.
-        speaks_for: whether it is this worker, of all, that speaks for a job that none has begun.
+        speaks_for: whether it is this worker, of all, that speaks for a job that none has begun; told the partitions
+            of the requests' topic.
         job: what a child does.
 
     """
@@ -53,7 +54,7 @@ class Runner:
         devices: Devices,
         metrics: Metrics,
         publish_progress: Callable[[TrainProgress], Awaitable[None]],
-        speaks_for: Callable[[str], bool],
+        speaks_for: Callable[[str, list[int]], bool],
         job: Job = train,
     ) -> None:
         self._settings, self._store, self._devices, self._metrics = settings, store, devices, metrics
