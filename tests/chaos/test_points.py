@@ -68,8 +68,8 @@ async def die(world: World, case: tuple[str, str, str], job: str) -> Died:
     trap.set(worker.data_path)
     await world.ask(job, KIND)
     try:
-        await until(lambda: trap.sprung or job in world.watch.ends, 90, f"{job} comes to its point")
-        if trap.sprung and case[2] == "worker":
+        await until(lambda: trap.sprung, 90, f"{job} comes to its point")
+        if case[2] == "worker":
             await until(lambda: not worker.alive and not worker.children, 5, f"all of {job} is dead")
             world.start_worker(1)
         await world.watch.ended({job}, 90)

@@ -230,8 +230,10 @@ def test_rarely_active_latents_start_again_with_fresh_moments() -> None:
         trainer.step(x[batch])
     before = copy.deepcopy(trainer.state_dict())
     figures = trainer.end_epoch()
-    after = trainer.state_dict()
     assert figures.reinitialized == 5
+    assert_same(trainer.state_dict()["sae"], before["sae"])  # stopped now, it is as it was trained
+    trainer._reinitialize()  # as the next step does first
+    after = trainer.state_dict()
     weight, column = after["sae"]["encoder.weight"], after["sae"]["decoder.weight"]
     bound = (6 / (D_IN + D_SAE)) ** 0.5
     assert weight[:5].abs().max() <= bound

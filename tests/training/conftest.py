@@ -34,7 +34,7 @@ class Listener:
 class NothingKept:
     """No shard is there, and none is kept."""
 
-    def shard(self, number: int) -> None:
+    def shard(self, number: int) -> int | None:
         return None
 
     def keep_shard(self, number: int, tokens_per_batch: int, files: Iterable[Path]) -> None:

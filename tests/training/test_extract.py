@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mistudio_schemas import ErrorCode, TrainRequested
 from mistudio_train.errors import CorpusRefused, MemoryExhausted, ModelRefused, RequestRefused
 from mistudio_train.training import extract as extraction
-from mistudio_train.training.extract import Extraction, extract
+from mistudio_train.training.extract import Extraction, Kept, extract
 from mistudio_train.training.language_model import LanguageModel
 from mistudio_train.training.sites import Site
 from tests.models import D_IN, FAMILIES, LAYERS, SENTENCES, VOCAB
@@ -27,7 +27,12 @@ TEXTS = [SENTENCES[0], "ice", LONG, SENTENCES[1], "a b", SENTENCES[2] + " " + SE
 
 
 def run(
-    model: LanguageModel, folder: Path, texts: Sequence[str] = TEXTS, tokens_per_batch: int = 256, **fields: Any
+    model: LanguageModel,
+    folder: Path,
+    texts: Sequence[str] = TEXTS,
+    tokens_per_batch: int = 256,
+    kept: Kept | None = None,
+    **fields: Any,
 ) -> Extraction:
     request = TrainRequested.model_validate({"model_name": "m", "corpus_file": "c", "max_sequence_length": 48} | fields)
     return extract(
@@ -37,7 +42,7 @@ def run(
         model.sites,
         plan_of(tokens_per_batch),
         folder,
-        NothingKept(),
+        kept or NothingKept(),
         lambda *_: None,
     )
 
@@ -291,6 +296,19 @@ def test_out_of_memory_halves_the_batch_and_keeps_every_row(model_folder: Folder
     torch.testing.assert_close(
         result.stores[RESIDUAL].read(0, rows), expected.stores[RESIDUAL].read(0, rows), atol=1e-4, rtol=0
     )
+
+
+@pytest.mark.parametrize(("held", "goes_on_with"), [(48, 48), (10**6, 256)])
+def test_where_memory_ran_out_a_later_attempt_goes_on_with_as_little(
+    model_folder: Folder, tmp_path: Path, held: int, goes_on_with: int
+) -> None:
+    class FirstKept(NothingKept):
+        def shard(self, number: int) -> int | None:
+            return held if number == 0 else None
+
+    model = load_tiny(model_folder("gpt2"), [RESIDUAL])
+    run(model, tmp_path)
+    assert run(model, tmp_path, kept=FirstKept()).tokens_per_batch == goes_on_with
 
 
 def test_memory_that_does_not_hold_one_sequence_is_an_error_and_no_skipped_text(

@@ -247,6 +247,15 @@ def test_what_another_request_has_kept_is_not_used(model_folder: Folder, tmp_pat
     assert finished.corpus.texts == len(TEXTS)
 
 
+def test_what_another_model_in_the_same_folder_has_left_is_not_used(model_folder: Folder, tmp_path: Path) -> None:
+    shutil.copytree(model_folder("llama"), tmp_path / "model")
+    one = job_of("topk", lambda _: tmp_path / "model", tmp_path / "job")
+    run_job(one, Listener())
+    flipped(tmp_path / "model" / "model.safetensors")
+    _, heard = goes_on(one)
+    assert any("model was" in said.message for said in heard if isinstance(said, Warned))
+
+
 @pytest.mark.usefixtures("often")
 def test_the_last_two_checkpoints_are_kept_and_announced_when_they_are_whole(
     model_folder: Folder, tmp_path: Path

@@ -9,6 +9,7 @@ import selectors
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from aiokafka import TopicPartition
@@ -99,9 +100,9 @@ class Broker:
         self.epochs: dict[str, int] = {}
         self.transactions: dict[str, Transaction] = {}
         self.unmarked: dict[str, list[Entry]] = {}
-        """A producer's, of commits that were forgotten: open until its next marker in their partition."""
+        """A producer's, of transactions whose end was forgotten: open until its next marker in their partition."""
         self.forgetful = False
-        """It dies with the next commit's answer, and has forgotten that commit when it is back."""
+        """It dies with the next transaction's end, whose answer it has given, and has forgotten it when it is back."""
 
     def log(self, where: TopicPartition) -> list[Entry]:
         """Of a partition."""
@@ -182,12 +183,15 @@ class Producer:
         key: bytes | None,
         partition: int,
         headers: list[tuple[str, bytes]] | None = None,
-    ) -> None:
+    ) -> Any:
         await self._gate("send")
         entry = Entry(TopicPartition(topic, partition), key, value, list(headers or []), "open")
         self._open().entries.append(entry)
-        self._broker.log(entry.where).append(entry)
+        log = self._broker.log(entry.where)
+        log.append(entry)
+        offset = len(log) - 1
         await self._gate("sent")
+        return SimpleNamespace(offset=offset)
 
     async def send_offsets_to_transaction(self, offsets: dict[TopicPartition, OffsetAndMetadata], group: str) -> None:
         await self._gate("offsets")
@@ -213,7 +217,10 @@ class Producer:
     async def abort_transaction(self) -> None:
         await self._gate("abort")
         self._require_epoch()
-        self._broker.end(self._name)
+        if self._broker.forgetful and self._name in self._broker.transactions:
+            self._broker.forget(self._name)
+        else:
+            self._broker.end(self._name)
         self._begun = False
 
     def _open(self) -> Transaction:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mistudio_train.errors import StoreUnavailable
+from mistudio_train.errors import DiskFull, StoreUnavailable
 from mistudio_train.worker import checkpoints
 from mistudio_train.worker.artifacts import remove_leftovers
 from mistudio_train.worker.checkpoints import CheckpointUploads, Stored, restore
@@ -76,6 +76,23 @@ async def test_a_checkpoint_goes_up_and_comes_down_whole(store: Store, claim: Cl
     assert {name: (there / name).read_bytes() for name in files} == files
     index = "checkpoints/000001.json"
     assert (there / index).read_bytes() == (here / index).read_bytes()
+
+
+async def test_a_checkpoint_that_has_half_come_down_is_none(
+    store: Store, claim: Claim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next attempt of this worker fetches it again."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise DiskFull("it is full", "Free space.")
+
+    here, there = tmp_path / "here", tmp_path / "there"
+    save(here, 1, {SHARD: b"activations"})
+    assert await Uploading(store, claim, here).store(1)
+    monkeypatch.setattr(type(store), "get_file", refuse)
+    with pytest.raises(DiskFull):
+        restore(store, claim, there)
+    assert not list(there.rglob("*.json"))
 
 
 async def test_the_last_two_are_kept_and_what_both_name_is_stored_once(

@@ -17,7 +17,9 @@ from mistudio_schemas import (
     TrainProgress,
     record_for,
 )
+from mistudio_train.messages import JobSpec
 from mistudio_train.settings import Settings
+from mistudio_train.worker.attempt import Attempt
 from mistudio_train.worker.child_main import Job
 from mistudio_train.worker.register import Register
 from mistudio_train.worker.store import open_store
@@ -127,6 +129,25 @@ async def test_cancel_ends_a_running_job_and_leaves_nothing(settings: Settings, 
     assert not any(settings.workspaces.iterdir())
     async with reading(settings, *ends(settings)) as reader:
         assert len(await reader.drained()) == 1
+
+
+@pytest.mark.parametrize("job", [jobs.works, jobs.refuses])
+async def test_cancelled_while_its_child_says_its_last_word_a_job_is_cancelled(
+    settings: Settings, job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result_of_child = Attempt._result_of_child
+
+    async def cancelled_meanwhile(self: Attempt, spec: JobSpec) -> Any:
+        try:
+            return await result_of_child(self, spec)
+        finally:
+            self._running.orders.given.add("cancel")
+
+    monkeypatch.setattr(Attempt, "_result_of_child", cancelled_meanwhile)
+    await publish(settings, request("job-1", settings))
+    async with running_worker(settings, job), reading(settings, *ends(settings)) as reader:
+        await reader.of(settings.topics.cancelled, 1)
+    assert objects_of(settings, "job-1") == ["run.json"]
 
 
 async def test_cancel_removes_the_checkpoints(settings: Settings) -> None:

@@ -64,7 +64,8 @@ async def test_who_says_by_which_orders_is_ended_by_no_other() -> None:
     work = asyncio.create_task(orders.interruptible(waits(begun), frozenset({"leave"})))
     await begun.wait()
     orders.give("stop")
-    assert not work.done()
+    done, _ = await asyncio.wait([work], timeout=0.05)
+    assert not done
     orders.give("leave")
     with pytest.raises(Interrupted):
         await work

@@ -1,10 +1,13 @@
 """Workspaces: gone with their attempt, left alone while somebody works in them, cleared away after a death."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-from mistudio_train.worker.workspace import Workspace, remove_abandoned
+import pytest
+
+from mistudio_train.worker.workspace import Workspace, bytes_in, remove_abandoned
 
 HOLDER = """
 import sys
@@ -46,3 +49,21 @@ def test_only_workspaces_of_the_dead_are_cleared_away(tmp_path: Path) -> None:
 def test_a_root_that_is_not_there_has_nothing_to_clear(tmp_path: Path) -> None:
     remove_abandoned(tmp_path / "absent")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_another_worker_looks_at_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that starts holds it for the moment in which it finds out that nobody does."""
+    workspace = Workspace(tmp_path / "job")
+    looking = Workspace(tmp_path / "job")
+    looking.hold()
+    monkeypatch.setattr("mistudio_train.worker.workspace.time.sleep", lambda _: looking.remove())
+    workspace.hold()
+    assert workspace.folder.is_dir()
+    workspace.remove()
+
+
+def test_a_second_name_of_a_file_takes_no_room(tmp_path: Path) -> None:
+    (tmp_path / "shard").write_bytes(b"x" * 2**20)
+    before = bytes_in(tmp_path)
+    os.link(tmp_path / "shard", tmp_path / "outgoing")
+    assert bytes_in(tmp_path) == before >= 2**20

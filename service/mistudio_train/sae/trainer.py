@@ -46,6 +46,8 @@ class Trainer:
         self._epoch_sums, self._recent_sums = Sums(self.device), Sums(self.device)
         self._active_rows_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
         self._rows_since_active_F = torch.zeros_like(self._active_rows_F)
+        self._to_reinitialize_F: Tensor | None = None
+        """Before the next step, if there is one: an SAE that is stopped now is not delivered with fresh latents."""
 
     @property
     def rows_done(self) -> int:
@@ -66,6 +68,7 @@ class Trainer:
 
     def step(self, x_BD: Tensor) -> None:
         """One update from a batch of rows, on any device and in any float type. Does not wait for the device."""
+        self._reinitialize()
         x_BD = x_BD.to(self.device, torch.float32, non_blocking=True)
         output = self.sae.step(StepInput(x_BD, self.steps, self.total_steps, self._dead_latents()))
         self._optimizer.zero_grad(set_to_none=True)
@@ -125,14 +128,15 @@ class Trainer:
         self.epoch += 1
         stop_reason = "stopped" if stop else self._stopping.after(self.epoch, means["loss"])
         rare_F = self._active_rows_F < RARE_BELOW * rows
-        due = stop_reason is None and self.recipe.reinitializes_after(self.epoch)
+        if stop_reason is None and self.recipe.reinitializes_after(self.epoch):
+            self._to_reinitialize_F = rare_F
         figures = EpochFigures(
             epochs=self.epoch,
             **means,
             fraction_active=means["l0"] / self.sae.d_sae,
             dead_share=_share(self._active_rows_F == 0),
             rarely_active_share=_share(rare_F),
-            reinitialized=self._reinitialize(rare_F) if due else 0,
+            reinitialized=0 if self._to_reinitialize_F is None else int(rare_F.sum()),
             stop_reason=stop_reason,
         )
         self._epoch_sums.clear()
@@ -153,6 +157,7 @@ class Trainer:
             "generator": self._generator.get_state(),
             "active_rows_F": self._active_rows_F,
             "rows_since_active_F": self._rows_since_active_F,
+            "to_reinitialize_F": self._to_reinitialize_F,
             "steps": self.steps,
             "epoch": self.epoch,
             "rows": self.rows,
@@ -177,6 +182,8 @@ class Trainer:
         self._generator.set_state(state["generator"].cpu())
         self._active_rows_F.copy_(state["active_rows_F"])
         self._rows_since_active_F.copy_(state["rows_since_active_F"])
+        which_F = state["to_reinitialize_F"]
+        self._to_reinitialize_F = None if which_F is None else which_F.to(self.device)
         self.steps, self.epoch = state["steps"], state["epoch"]
 
     def _dead_latents(self) -> Tensor | None:
@@ -190,14 +197,16 @@ class Trainer:
         self._rows_since_active_F += rows
         self._rows_since_active_F.masked_fill_(active_rows_F > 0, 0)
 
-    def _reinitialize(self, which_F: Tensor) -> int:
+    def _reinitialize(self) -> None:
+        which_F, self._to_reinitialize_F = self._to_reinitialize_F, None
+        if which_F is None:
+            return
         self.sae.reset_latents(which_F, self._generator)
         for parameter, axis in self.sae.latent_axes:
             moments = self._optimizer.state[parameter]
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name].movedim(axis, 0)[which_F] = 0
         self._rows_since_active_F[which_F] = 0
-        return int(which_F.sum())
 
 
 def _share(which_F: Tensor) -> float:

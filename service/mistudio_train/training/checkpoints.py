@@ -85,7 +85,7 @@ class Checkpoints:
         return time.monotonic() - self._saved_at >= self._interval
 
     def shard(self, number: int) -> int | None:
-        """A shard of activations that is there whole: tokens of a forward pass when it was begun; `None`: it is not."""
+        """A shard of activations that is there whole: tokens of a forward pass when it was done; `None`: it is not."""
         kept = self._shards.get(number)
         return None if kept is None else kept[0]
 

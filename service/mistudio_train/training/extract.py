@@ -42,7 +42,7 @@ class Kept(Protocol):
     """Shards that are kept for the attempt that goes on."""
 
     def shard(self, number: int) -> int | None:
-        """Tokens of a forward pass when this shard was begun; `None`: it is not there."""
+        """Tokens of a forward pass when this shard was done; `None`: it is not there."""
         ...
 
     def keep_shard(self, number: int, tokens_per_batch: int, files: Iterable[Path]) -> None:
@@ -108,12 +108,11 @@ def extract(
     run = _Run(model, tokens, writers, plan.tokens_per_batch, on_progress)
     try:
         for shard, (start, stop) in enumerate(pairwise(windows)):
-            if kept.shard(shard) is not None:
-                run.pass_by(start, stop)
+            if (tokens_per_batch := kept.shard(shard)) is not None:
+                run.pass_by(start, stop, tokens_per_batch)
                 continue
-            tokens_per_batch = run.budget
             run.windows(start, stop)
-            kept.keep_shard(shard, tokens_per_batch, [layout.path(writer.folder, shard) for writer in writers.values()])
+            kept.keep_shard(shard, run.budget, [layout.path(writer.folder, shard) for writer in writers.values()])
     except BaseException:
         for writer in writers.values():
             writer.close()
@@ -160,8 +159,9 @@ class _Run:
                 else:
                     self._shrink(batch)
 
-    def pass_by(self, start: int, stop: int) -> None:
-        """Count these, which an earlier attempt has done."""
+    def pass_by(self, start: int, stop: int, tokens_per_batch: int) -> None:
+        """Count these, which an earlier attempt has done; where memory ran out for it, go on with as little."""
+        self.budget = min(self.budget, tokens_per_batch)
         for windows in self._sorted_windows(start, stop):
             self.done += self._real_tokens(windows)
         self.on_progress(self.done, self.tokens.corpus.tokens)

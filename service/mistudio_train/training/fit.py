@@ -185,7 +185,7 @@ class _Fitting:
         if self._trainer.rows_done:
             self._close(self._trainer.stop())
         else:  # between two epochs
-            self.epochs[-1] = replace(self.epochs[-1], stop_reason="stopped")
+            self.epochs[-1] = replace(self.epochs[-1], stop_reason="stopped", reinitialized=0)
         return True
 
     def _close(self, figures: EpochFigures) -> None:

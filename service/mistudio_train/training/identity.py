@@ -28,12 +28,14 @@ def identity_of(request: TrainRequested, source: ModelSource, corpus_sha256: str
     A model on the hub counts by its commit; one in a folder by the content of every file, which takes as long as
     reading it.
     """
-    model = source.commit or _content(source)
-    parts = [request_digest(request), source.name, model, corpus_sha256, __version__]
+    parts = [request_digest(request), source.name, content_of(source), corpus_sha256, __version__]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _content(source: ModelSource) -> str:
+def content_of(source: ModelSource) -> str:
+    """The model's commit on the hub; of one in a folder a sha256 over every file, which takes as long as reading it."""
+    if source.commit is not None:
+        return source.commit
     assert source.folder is not None  # without a commit it is a folder
     digests = {name: _digest(source.folder / name) for name in sorted(source.files)}
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()

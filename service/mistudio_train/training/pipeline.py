@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
+import tokenizers
 import torch
+import transformers
 from transformers.models.auto import modeling_auto
 
 from mistudio_schemas import StandardSAE, TopKSAE, TrainRequested
@@ -26,7 +28,7 @@ from .checkpoints import Checkpoints, KeptTraining
 from .extract import Extraction, extract
 from .files import write_json
 from .fit import NothingTrained, fit
-from .identity import request_digest
+from .identity import content_of, request_digest
 from .language_model import LanguageModel, is_out_of_memory, load
 from .memory_plan import GIB, MemoryPlan
 from .reporter import Reporter
@@ -56,7 +58,9 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
     torch.set_num_threads(threads_of(spec.lease))
     spec.output.mkdir(parents=True, exist_ok=True)
     (spec.output / "request.json").write_bytes(spec.request.to_json())
-    checkpoints = Checkpoints(spec.workspace, _fingerprint(job), spec.checkpoint_seconds, reporter.saved)
+    with reporter.one_call():  # of a model in a folder all files are read
+        fingerprint = _fingerprint(job)
+    checkpoints = Checkpoints(spec.workspace, fingerprint, spec.checkpoint_seconds, reporter.saved)
     for warning in checkpoints.warnings:
         reporter.warn(warning)
     model = _load(job, reporter)
@@ -94,8 +98,10 @@ def _fingerprint(job: Accepted) -> dict[str, object]:
     return {
         "version": __version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
         "request": request_digest(spec.request),
-        "model": f"{job.source.name}@{job.source.commit}",
+        "model": f"{job.source.name}@{content_of(job.source)}",
         "corpus": job.texts.sha256,
         "device": plan.device.partition(":")[0],
         "dtype": plan.dtype,
@@ -159,9 +165,13 @@ def _extract(job: Accepted, model: LanguageModel, checkpoints: Checkpoints, repo
 
     reporter.enter("extracting", f"tokenising {len(job.texts)} texts", EXTRACTING)
     inputs = model, job.texts, job.spec.request, job.sites.distinct, job.plan
-    extraction = extract(
-        *inputs, job.spec.scratch, checkpoints, on_progress, on_tokenized, job.spec.workspace_max_bytes
-    )
+    try:
+        extraction = extract(
+            *inputs, job.spec.scratch, checkpoints, on_progress, on_tokenized, job.spec.workspace_max_bytes
+        )
+    except LeftEarly:
+        checkpoints.wait()  # the parent stores the last one that it hears of
+        raise
     checkpoints.wait()
     if extraction.corpus.tokens_truncated:
         reporter.warn(f"{extraction.corpus.tokens_truncated} tokens lie beyond the length limit and were not read")

@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from mistudio_schemas import ArtifactRef, TrainCompleted, TrainRequested
-from mistudio_train.errors import ChildDied, DiskFull, DiskLimit, RequestRefused, StoreUnavailable
+from mistudio_train.errors import ChildDied, DiskFull, DiskLimit, JobError, RequestRefused, StoreUnavailable
 from mistudio_train.messages import ChildMessage, Finished, Identified, JobSpec, Lease, LeftEarly, Loaded, Saved, Warned
 from mistudio_train.settings import Settings
 
@@ -125,6 +125,18 @@ class Attempt:
             self._feed.say(last_checkpoint=self._store.uri(found[0].key))
 
     async def _train(self, spec: JobSpec) -> Finished | TrainCompleted:
+        """As `_result_of_child`, but of a run that is cancelled nothing, whatever its child still says."""
+        try:
+            result = await self._result_of_child(spec)
+        except JobError:
+            if "cancel" in self._running.orders.given:
+                raise Interrupted from None
+            raise
+        if "cancel" in self._running.orders.given:
+            raise Interrupted
+        return result
+
+    async def _result_of_child(self, spec: JobSpec) -> Finished | TrainCompleted:
         """What the child has made, or the event of an earlier run that was asked for the same."""
         orders, stalls = self._running.orders, (self._settings.stall_seconds, self._settings.loading_stall_seconds)
         async with Child(spec, *stalls, self._job) as child, self._checkpoint_uploads(child) as uploads:

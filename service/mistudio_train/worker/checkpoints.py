@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -45,6 +46,8 @@ class Stored:
     """Path in the workspace to key."""
     sha256: dict[str, str]
     """Path in the workspace to what the child says of its content."""
+    index: str
+    """The child's own."""
 
 
 def restore(store: Store, claim: Claim, workspace: Path) -> list[Stored]:
@@ -55,19 +58,19 @@ def restore(store: Store, claim: Claim, workspace: Path) -> list[Stored]:
         DiskFull: if they do not fit.
 
     """
-    found: list[Stored] = []
-    for key in _indexes(store, claim):
-        stored = _read(store, key, workspace)
-        if stored is not None:
-            found.append(stored)
-        if len(found) == KEPT:
-            break
+    read = (_read(store, key) for key in _indexes(store, claim))
+    found = list(islice((one for one in read if one is not None), KEPT))
     files = {name: key for stored in found[::-1] for name, key in stored.files.items()}  # the newest one's win
     for name, key in files.items():
         try:
             store.get_file(key, workspace / name)
         except (NotFound, KeyRefused) as error:
             logger.warning("a file of a checkpoint is not there (%s); the child does without it", error)
+    folder = workspace / "checkpoints"
+    folder.mkdir(parents=True, exist_ok=True)
+    indexes = {stored.number: stored.index for stored in found[::-1]}
+    for number, index in indexes.items():  # after the files, so that what was cut off is not taken for whole
+        (folder / f"{number:06d}.json").write_text(index)
     return found
 
 
@@ -79,8 +82,8 @@ def _indexes(store: Store, claim: Claim) -> list[str]:
     return [match[0] for match in matches]
 
 
-def _read(store: Store, key: str, workspace: Path) -> Stored | None:
-    """Read an index and put the child's part of it into the workspace; `None` if it is damaged or gone."""
+def _read(store: Store, key: str) -> Stored | None:
+    """Read an index; `None` if it is damaged or gone."""
     try:
         stored = json.loads(store.get_bytes(key)[0])
         number, index, files = int(stored["number"]), str(stored["index"]), dict(stored["files"])
@@ -92,11 +95,7 @@ def _read(store: Store, key: str, workspace: Path) -> Stored | None:
     except (ValueError, KeyError, TypeError) as error:
         logger.warning("the checkpoint %s cannot be used (%s); the one before it is", key, type(error).__name__)
         return None
-    path = workspace / "checkpoints" / f"{number:06d}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        path.write_text(index)
-    return Stored(number, key, files, sha256)
+    return Stored(number, key, files, sha256, index)
 
 
 def _link(file: Path, link: Path) -> None:
@@ -243,8 +242,8 @@ class CheckpointUploads:
             self._store.put_file(there[name], link, on_bytes=self._require_time)
             link.unlink()
         files = {name: there[name] for name in sha256}
-        stored = Stored(number, f"{self._prefix}{number:06d}.json", files, sha256)
-        content = {"number": number, "index": index, "files": stored.files}
+        stored = Stored(number, f"{self._prefix}{number:06d}.json", files, sha256, index)
+        content = {"number": number, "index": stored.index, "files": stored.files}
         self._require_time()
         self._require_ours()  # else a successor's index would be younger and worth less
         self._store.put_bytes(stored.key, json.dumps(content).encode(), "application/json")

@@ -4,6 +4,7 @@ The pattern is a producer a partition, `{group}.{topic}.{partition}`: starting o
 before and ends what it left open. It is kept from one message to the next (docs/decisions/0009).
 """
 
+import asyncio
 from typing import Protocol
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
@@ -13,6 +14,9 @@ from aiokafka.structs import OffsetAndMetadata
 from mistudio_train.settings import Settings
 
 from . import kafka
+
+READ_BACK_SECONDS = 10.0
+"""That the broker may take to show what it has acknowledged."""
 
 
 class Group(Protocol):
@@ -88,15 +92,26 @@ class Deliveries:
     async def unblock(self, where: TopicPartition) -> None:
         """End what the producer's predecessors have left open in a partition; to be done before it is read or written.
 
-        A broker that dies in a commit may lose its markers. What was written then stays hidden, with all behind it,
-        until the producer's next marker there, which decides for both: one aborted record, once, in each partition.
+        A broker that dies at a transaction's end may lose its markers. What was written then stays hidden, with all
+        behind it, until the producer's next marker there, which decides for both: one aborted record, once, in each
+        partition. It counts as aborted when readers can pass it, for its own marker may be lost as well.
+
+        Raises:
+            KafkaTimeoutError: if they cannot.
+
         """
         if not self.settings.kafka_transactions or where in self._unblocked:
             return
         producer = self.require_producer()
         await producer.begin_transaction()
-        await producer.send_and_wait(where.topic, None, key=b"aborted", partition=where.partition)
+        record = await producer.send_and_wait(where.topic, None, key=b"aborted", partition=where.partition)
         await producer.abort_transaction()
+        try:
+            async with asyncio.timeout(READ_BACK_SECONDS):
+                while await self.end_offset(where) <= record.offset:  # noqa: ASYNC110 - only the broker knows
+                    await asyncio.sleep(0.02)
+        except TimeoutError:
+            raise KafkaTimeoutError(f"a transaction stays open in {where.topic}-{where.partition}") from None
         self._unblocked.add(where)
 
     def require_producer(self) -> AIOKafkaProducer:

@@ -19,11 +19,10 @@ from mistudio_schemas import KafkaRecord, header
 
 from . import kafka
 from .backoff import backoff
-from .deliveries import Deliveries
+from .deliveries import READ_BACK_SECONDS, Deliveries
 
 logger = logging.getLogger(__name__)
 
-READ_BACK_SECONDS = 10.0
 RETRY_SECONDS = (0.2, 1.0, 2.0, 5.0, 10.0)
 
 
@@ -155,7 +154,7 @@ class Delivery:
         except (KafkaError, KafkaTimeoutError, AssertionError, ConnectionError, TimeoutError) as error:
             # aiokafka raises AssertionError from a producer that an earlier error has killed
             logger.warning("unknown outcome on %s: %s", self._name, type(error).__name__)
-            await self._deliveries.drop_producer()
+            await self._deliveries.close()
             return False
 
     async def _commit(self, record: KafkaRecord | None, place: Place) -> None:

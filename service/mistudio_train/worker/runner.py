@@ -132,7 +132,8 @@ class Runner:
                 logger.warning("job %s: %s; attempt %d in %.0f s", running.intake.job_id, error, tried + 1, delay)
                 running.feed.say(message=f"{error}; tried again in {delay:.0f} s")
                 await asyncio.sleep(delay)
-                running.claim = await self._next_attempt(running.claim)
+                async with running.heeding:  # a control that is being obeyed was noted by the present owner
+                    running.claim = await self._next_attempt(running.claim)
                 running.feed.begin_again(running.claim.attempt)
 
     def _require_attempts(self, claim: Claim) -> None:

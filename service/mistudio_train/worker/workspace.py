@@ -7,9 +7,11 @@ import fcntl
 import logging
 import os
 import shutil
+import time
 from contextlib import suppress
 from pathlib import Path
 
+HOLD_TRIES, HOLD_AGAIN_SECONDS = 100, 0.05
 logger = logging.getLogger(__name__)
 
 
@@ -34,13 +36,14 @@ class Workspace:
 
 
 def bytes_in(folder: Path) -> int:
-    """What the files below it take of the disk; one that goes meanwhile counts for nothing."""
-    taken = 0
+    """What the files below it take of the disk, each once; one that goes meanwhile counts for nothing."""
+    taken: dict[int, int] = {}
     for parent, _, names in os.walk(folder):
         for name in names:
             with suppress(FileNotFoundError):
-                taken += (Path(parent) / name).lstat().st_blocks * 512
-    return taken
+                found = (Path(parent) / name).lstat()
+                taken[found.st_ino] = found.st_blocks * 512
+    return sum(taken.values())
 
 
 def remove_abandoned(root: Path) -> None:
@@ -58,15 +61,18 @@ def remove_abandoned(root: Path) -> None:
 
 
 def _hold(folder: Path) -> int:
-    while True:
+    """As `_try_to_hold`; another worker that starts may hold the new folder for a moment, or clear it away."""
+    for _ in range(HOLD_TRIES):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             held = _try_to_hold(folder)
-        except FileNotFoundError:
+        except (FileNotFoundError, BlockingIOError):
+            time.sleep(HOLD_AGAIN_SECONDS)
             continue
         if folder.exists() and folder.stat().st_ino == os.fstat(held).st_ino:
             return held
-        os.close(held)  # another worker has just cleared it away
+        os.close(held)
+    raise BlockingIOError(f"another process holds {folder}")
 
 
 def _try_to_hold(folder: Path) -> int:
