@@ -49,7 +49,7 @@ def serve(assignor: str, job: str = "sleeps") -> None:
 
     from mistudio_train.logs import setup_logging
     from mistudio_train.settings import Settings
-    from mistudio_train.worker.app import build_app
+    from mistudio_train.worker import app
     from mistudio_train.worker.assignor import BusyAwareAssignor
 
     settings = Settings()
@@ -57,5 +57,4 @@ def serve(assignor: str, job: str = "sleeps") -> None:
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # new topics have no leader yet
     made: Any = {"ours": BusyAwareAssignor, "stock": lambda slot: RoundRobinPartitionAssignor}[assignor]
     jobs = {"sleeps": sleeps, "speaks": speaks}
-    options: dict[str, Any] = {"host": settings.api_host, "port": settings.api_port, "log_config": None}
-    asyncio.run(build_app(settings, jobs[job], made).run(log_level=logging.WARNING, run_extra_options=options))
+    asyncio.run(app.serve(settings, jobs[job], made))

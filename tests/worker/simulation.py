@@ -238,10 +238,10 @@ class Producer:
 
 
 class Reader:
-    """What a delivery uses of aiokafka's consumer without a group, read_committed."""
+    """What a delivery uses of aiokafka's consumer without a group."""
 
-    def __init__(self, broker: Broker, gate: Gate) -> None:
-        self._broker, self._gate = broker, gate
+    def __init__(self, broker: Broker, gate: Gate, committed: bool) -> None:
+        self._broker, self._gate, self._committed = broker, gate, committed
         self._position: dict[TopicPartition, int] = {}
 
     async def start(self) -> None:
@@ -261,7 +261,9 @@ class Reader:
 
     async def end_offsets(self, places: list[TopicPartition]) -> dict[TopicPartition, int]:
         await self._gate("ends")
-        return {where: self._broker.stable_end(where) for where in places}
+        if self._committed:
+            return {where: self._broker.stable_end(where) for where in places}
+        return {where: len(self._broker.log(where)) for where in places}
 
     async def getmany(self, where: TopicPartition, *, timeout_ms: int) -> dict[TopicPartition, list[Entry]]:
         await self._gate("read")

@@ -213,8 +213,8 @@ class Misfortunes(RuleBasedStateMachine):
         assert name == transactional_id(CONFIG, SOURCE)
         return Producer(self.broker, self._gate_of_caller(), name)
 
-    def _reader(self, _: Settings) -> Any:
-        return Reader(self.broker, self._gate_of_caller())
+    def _reader(self, _: Settings, isolation: kafka.Isolation = "read_committed") -> Any:
+        return Reader(self.broker, self._gate_of_caller(), isolation == "read_committed")
 
     def _tell(self, worker: Worker) -> None:
         mine = worker is self.living[self.owner]

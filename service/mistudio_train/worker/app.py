@@ -1,6 +1,7 @@
 """The composition root: settings in, a FastStream application out. Nothing else creates a client or a slot."""
 
 import asyncio
+import gc
 import logging
 import os
 import threading
@@ -136,15 +137,19 @@ async def prepare_outside(settings: Settings, store: Store) -> None:
     raise AssertionError("backoff has no end")
 
 
-async def serve(settings: Settings, job: Job = train) -> None:
-    """Run the worker until it is told to stop."""
+async def serve(settings: Settings, job: Job = train, assignor: Callable[[Slot], Any] = BusyAwareAssignor) -> None:
+    """Run the worker of `build_app` until it is told to stop."""
     config = uvicorn.Config(
-        build_app(settings, job),
+        build_app(settings, job, assignor),
         host=settings.api_host,
         port=settings.api_port,
         log_config=None,
         log_level=logging.WARNING,
     )
+    # A full collection comes when garbage is a quarter of all objects, and megabytes of fetched messages lie in cycles
+    # of a few objects each: without those of the program itself it comes often.
+    gc.collect()
+    gc.freeze()
     await Server(config).serve()
     # a call to a store that hangs cannot be called off, and Python would wait for its thread for minutes
     end = threading.Timer(LAST_CALLS_SECONDS, os._exit, (0,))

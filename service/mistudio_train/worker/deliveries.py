@@ -52,7 +52,7 @@ class Deliveries:
     """A slot's deliveries, one after another, with one producer for as long as nothing raises a doubt of it.
 
     Starting a producer takes longer than delivering with it, so the last one is kept for its partition's next message.
-    A reader is kept beside it: the group's consumer answers no question while it waits for messages.
+    Readers are kept beside it: the group's consumer answers no question while it waits for messages.
 
     Args:
         group: the slot's consumer.
@@ -65,7 +65,7 @@ class Deliveries:
         self._of: TopicPartition | None = None
         self._doubted = False
         self._unblocked: set[TopicPartition] = set()
-        self._reader: AIOKafkaConsumer | None = None
+        self._readers: dict[kafka.Isolation, AIOKafkaConsumer] = {}
 
     def doubt(self) -> None:
         """Let the next message have a producer of its own: the group is shared out anew, and may have fenced this one.
@@ -93,8 +93,8 @@ class Deliveries:
         """End what the producer's predecessors have left open in a partition; to be done before it is read or written.
 
         A broker that dies at a transaction's end may lose its markers. What was written then stays hidden, with all
-        behind it, until the producer's next marker there, which decides for both: one aborted record, once, in each
-        partition. It counts as aborted when readers can pass it, for its own marker may be lost as well.
+        behind it, until the producer's next marker there, which decides for both: that of an aborted record, where
+        anything is open. It counts as aborted when readers can pass it, for its own marker may be lost as well.
 
         Raises:
             KafkaTimeoutError: if they cannot.
@@ -102,6 +102,12 @@ class Deliveries:
         """
         if not self.settings.kafka_transactions or where in self._unblocked:
             return
+        end = await self.end_offset(where, "read_uncommitted")
+        if await self.end_offset(where) < end:
+            await self._abort_one(where)
+        self._unblocked.add(where)
+
+    async def _abort_one(self, where: TopicPartition) -> None:
         producer = self.require_producer()
         await producer.begin_transaction()
         record = await producer.send_and_wait(where.topic, None, key=b"aborted", partition=where.partition)
@@ -112,7 +118,6 @@ class Deliveries:
                     await asyncio.sleep(0.02)
         except TimeoutError:
             raise KafkaTimeoutError(f"a transaction stays open in {where.topic}-{where.partition}") from None
-        self._unblocked.add(where)
 
     def require_producer(self) -> AIOKafkaProducer:
         """The producer. Raises `KafkaTimeoutError` if an error has cost it."""
@@ -120,13 +125,13 @@ class Deliveries:
             raise KafkaTimeoutError("no producer")
         return self.producer
 
-    async def end_offset(self, where: TopicPartition) -> int:
-        """Where a partition of any topic ends now, or the first transaction begins that has not ended in it."""
-        if self._reader is None:
-            reader = kafka.reader(self.settings)
+    async def end_offset(self, where: TopicPartition, isolation: kafka.Isolation = "read_committed") -> int:
+        """Where a partition of any topic ends now; `read_committed`: or the first open transaction begins."""
+        if isolation not in self._readers:
+            reader = kafka.reader(self.settings, isolation)
             await kafka.start(reader)
-            self._reader = reader
-        end: int = (await self._reader.end_offsets([where]))[where]
+            self._readers[isolation] = reader
+        end: int = (await self._readers[isolation].end_offsets([where]))[where]
         return end
 
     async def drop_producer(self) -> None:
@@ -138,10 +143,9 @@ class Deliveries:
     async def close(self) -> None:
         """End all clients."""
         await self.drop_producer()
-        await self.drop_reader()
+        await self.drop_readers()
 
-    async def drop_reader(self) -> None:
-        """End the reader, if there is one."""
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            await kafka.close(reader)
+    async def drop_readers(self) -> None:
+        """End the readers."""
+        while self._readers:
+            await kafka.close(self._readers.popitem()[1])

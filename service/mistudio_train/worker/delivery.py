@@ -92,7 +92,7 @@ class Delivery:
                 return await self._place(record)
             except (KafkaError, ConnectionError, TimeoutError) as error:
                 logger.warning("no place for the end of %s yet: %s; again in %.1f s", self._name, error, delay)
-                await self._deliveries.drop_reader()
+                await self._deliveries.drop_readers()
             await asyncio.sleep(delay)
         raise AssertionError("backoff has no end")
 

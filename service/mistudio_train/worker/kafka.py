@@ -9,7 +9,7 @@ import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
@@ -92,14 +92,17 @@ def producer(settings: Settings, transactional_id: str | None = None) -> AIOKafk
     )
 
 
-def reader(settings: Settings) -> AIOKafkaConsumer:
-    """A consumer outside every group that sees only what was committed."""
+Isolation = Literal["read_committed", "read_uncommitted"]
+
+
+def reader(settings: Settings, isolation: Isolation = "read_committed") -> AIOKafkaConsumer:
+    """A consumer outside every group."""
     return AIOKafkaConsumer(
         **client_options(settings),
         group_id=None,
         auto_offset_reset="earliest",  # of a place that retention has removed, what follows it
         enable_auto_commit=False,
-        isolation_level="read_committed",
+        isolation_level=isolation,
         max_partition_fetch_bytes=MAX_MESSAGE_BYTES,
     )
 
