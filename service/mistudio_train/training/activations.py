@@ -5,6 +5,7 @@ Resident memory does not grow with the rows; knows no model, no tokenizer and no
 
 import os
 import shutil
+import weakref
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -120,9 +121,7 @@ class ActivationWriter:
 
     def close(self) -> None:
         """Close the shards."""
-        for shard in self._shards:
-            os.close(shard)
-        self._shards = []
+        _close_all(self._shards)
 
 
 class ActivationStore:
@@ -134,6 +133,7 @@ class ActivationStore:
     def __init__(self, folder: Path, layout: Layout, index: RowIndex) -> None:
         self.folder, self.layout, self.index = folder, layout, index
         self._shards = layout.open(folder, os.O_RDONLY)
+        self._close = weakref.finalize(self, _close_all, self._shards)
         self._starts = np.asarray(layout.starts, np.int64)
 
     @property
@@ -199,10 +199,13 @@ class ActivationStore:
         return rows_ND.to(torch.float32)
 
     def close(self) -> None:
-        """Let the shards go; reading afterwards fails."""
-        for shard in self._shards:
-            os.close(shard)
-        self._shards = []
+        """Let the shards go, as is done in the end anyway; reading afterwards fails."""
+        self._close()
+
+
+def _close_all(shards: list[int]) -> None:
+    while shards:
+        os.close(shards.pop())
 
 
 def _bytes_of(rows_ND: Tensor) -> memoryview:

@@ -5,6 +5,7 @@ Knows nothing of texts, tokens or tensors; imports no torch.
 
 import errno
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,7 @@ class ArrayFile:
     def __init__(self, path: Path, dtype: DTypeLike) -> None:
         self.path, self.dtype = path, np.dtype(dtype)
         self._fd = os.open(path, os.O_RDONLY)
+        self._close = weakref.finalize(self, os.close, self._fd)
         self._len = os.fstat(self._fd).st_size // self.dtype.itemsize
 
     def __len__(self) -> int:
@@ -99,5 +101,5 @@ class ArrayFile:
         return self.read(start, max(start, stop))
 
     def close(self) -> None:
-        """Close the file; reading afterwards fails."""
-        os.close(self._fd)
+        """Close the file, as is done in the end anyway; reading afterwards fails."""
+        self._close()
