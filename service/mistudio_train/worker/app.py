@@ -1,6 +1,7 @@
 """The composition root: settings in, a FastStream application out. Nothing else creates a client or a slot."""
 
 import asyncio
+import ctypes
 import gc
 import logging
 import os
@@ -48,6 +49,8 @@ bus_logger = logging.getLogger("mistudio_train.bus")
 bus_logger.setLevel(logging.ERROR)
 """FastStream's. Its "received" and "processed" the supervisor says better, and it warns of what is meant to be so."""
 
+M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 128 * 1024
+"""Of `mallopt`: blocks of at least so many bytes go back to the system when they are freed."""
 THREADS_A_SLOT, MORE_THREADS = 8, 16
 """Of blocking calls; those to a store that hangs keep theirs for minutes, and must leave some to the others."""
 LAST_CALLS_SECONDS = 1.0
@@ -150,6 +153,9 @@ async def serve(settings: Settings, job: Job = train, assignor: Callable[[Slot],
     # of a few objects each: without those of the program itself it comes often.
     gc.collect()
     gc.freeze()
+    # The GNU library learns from freed messages of megabytes to keep such blocks, in pieces; told a limit, it does not.
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
     await Server(config).serve()
     # a call to a store that hangs cannot be called off, and Python would wait for its thread for minutes
     end = threading.Timer(LAST_CALLS_SECONDS, os._exit, (0,))
