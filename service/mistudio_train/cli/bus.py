@@ -162,9 +162,10 @@ async def latest_statuses(settings: Settings) -> list[TrainProgress]:
             event = _status_in(record)
             if isinstance(event, TrainProgress):
                 told.setdefault(event.job_id, Story(event.job_id)).hear(event)
-                going_on[event.job_id] = record.timestamp
                 if event.status in ENDED:
-                    del going_on[event.job_id]
+                    going_on.pop(event.job_id, None)
+                else:
+                    going_on[event.job_id] = record.timestamp
     if going_on:
         await _hear_ends(settings, told, since=min(going_on.values()) - CLOCKS_APART_MS)
     statuses = [story.status for story in told.values()]

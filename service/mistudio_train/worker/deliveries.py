@@ -1,4 +1,4 @@
-"""The clients with which a slot delivers: a transactional producer and a reader. Knows no message.
+"""The clients with which a slot delivers: a transactional producer and two readers. Knows no message.
 
 The pattern is a producer a partition, `{group}.{topic}.{partition}`: starting one fences whoever had the partition
 before and ends what it left open. It is kept from one message to the next (docs/decisions/0009).
