@@ -149,18 +149,23 @@ async def serve(settings: Settings, job: Job = train, assignor: Callable[[Slot],
         log_config=None,
         log_level=logging.WARNING,
     )
-    # A full collection comes when garbage is a quarter of all objects, and megabytes of fetched messages lie in cycles
-    # of a few objects each: without those of the program itself it comes often.
-    gc.collect()
-    gc.freeze()
-    # The GNU library learns from freed messages of megabytes to keep such blocks, in pieces; told a limit, it does not.
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    _give_memory_back()
     await Server(config).serve()
     # a call to a store that hangs cannot be called off, and Python would wait for its thread for minutes
     end = threading.Timer(LAST_CALLS_SECONDS, os._exit, (0,))
     end.daemon = True
     end.start()
+
+
+def _give_memory_back() -> None:
+    """Let what hostile messages of megabytes took go back to the system: a worker had kept a gigabyte of it."""
+    # A full collection comes when garbage is a quarter of all objects, and fetched messages lie in cycles of a few
+    # objects each: without those of the program itself it comes often.
+    gc.collect()
+    gc.freeze()
+    # The GNU library learns from freed blocks of megabytes to keep such, in pieces; told a limit, it does not.
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
 
 
 class Server(uvicorn.Server):
