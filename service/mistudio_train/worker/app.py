@@ -51,6 +51,7 @@ bus_logger.setLevel(logging.ERROR)
 
 M_MMAP_THRESHOLD, MAPPED_BYTES = -3, 128 * 1024
 """Of `mallopt`: blocks of at least so many bytes go back to the system when they are freed."""
+COLLECT_SECONDS = 1.0
 THREADS_A_SLOT, MORE_THREADS = 8, 16
 """Of blocking calls; those to a store that hangs keep theirs for minutes, and must leave some to the others."""
 LAST_CALLS_SECONDS = 1.0
@@ -149,23 +150,26 @@ async def serve(settings: Settings, job: Job = train, assignor: Callable[[Slot],
         log_config=None,
         log_level=logging.WARNING,
     )
-    _give_memory_back()
+    giving_back = asyncio.create_task(_give_memory_back())
     await Server(config).serve()
+    giving_back.cancel()
     # a call to a store that hangs cannot be called off, and Python would wait for its thread for minutes
     end = threading.Timer(LAST_CALLS_SECONDS, os._exit, (0,))
     end.daemon = True
     end.start()
 
 
-def _give_memory_back() -> None:
-    """Let what hostile messages of megabytes took go back to the system: a worker had kept a gigabyte of it."""
-    # A full collection comes when garbage is a quarter of all objects, and fetched messages lie in cycles of a few
-    # objects each: without those of the program itself it comes often.
-    gc.collect()
-    gc.freeze()
+async def _give_memory_back() -> None:
+    """Let what hostile messages of megabytes took go back to the system; a worker had kept a gigabyte of it."""
     # The GNU library learns from freed blocks of megabytes to keep such, in pieces; told a limit, it does not.
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
         mallopt(M_MMAP_THRESHOLD, MAPPED_BYTES)
+    gc.collect()
+    gc.freeze()  # the program's own objects, so that later collections have little to go through
+    # What aiokafka has fetched and nobody read lies in cycles of a few objects, and Python counts objects, not bytes.
+    while True:
+        await asyncio.sleep(COLLECT_SECONDS)
+        gc.collect()
 
 
 class Server(uvicorn.Server):
