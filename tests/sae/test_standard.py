@@ -21,7 +21,7 @@ class Reference:
     def __init__(self, generator: torch.Generator) -> None:
         bound = math.sqrt(6 / (D_IN + D_SAE))
         encoder = (torch.rand(D_SAE, D_IN, generator=generator) * 2 - 1) * bound
-        self.weights = [encoder, torch.full((D_SAE,), -0.1), encoder.T.clone(), torch.zeros(D_IN)]
+        self.weights = [encoder, torch.full((D_SAE,), -0.1), encoder.clone(), torch.zeros(D_IN)]
         self.moments = [(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in self.weights]
         self.steps = 0
 
@@ -30,10 +30,10 @@ class Reference:
         w_enc, b_enc, w_dec, b_dec = self.weights
         pre = x @ w_enc.T + b_enc
         h = pre.clamp(min=0)
-        error = h @ w_dec.T + b_dec - x
+        error = h @ w_dec + b_dec - x
         d_error = 2 * error / error.numel()
-        d_pre = (d_error @ w_dec + COEFF / h.numel()) * (pre > 0)
-        self._adam([d_pre.T @ x, d_pre.sum(0), d_error.T @ h, d_error.sum(0)])
+        d_pre = (d_error @ w_dec.T + COEFF / h.numel()) * (pre > 0)
+        self._adam([d_pre.T @ x, d_pre.sum(0), h.T @ d_error, d_error.sum(0)])
         return float((error**2).mean()), COEFF * float(h.abs().mean())
 
     def _adam(self, gradients: list[Tensor]) -> None:
@@ -53,8 +53,8 @@ def test_starts_as_the_seed_says() -> None:
     sae, reference = standard(), Reference(torch.Generator().manual_seed(3))
     for ours, theirs in zip(sae.parameters(), reference.weights, strict=True):
         torch.testing.assert_close(ours.detach(), theirs, atol=1e-7, rtol=0)
-    assert torch.equal(sae.decoder.weight, sae.encoder.weight.T)
-    assert sae.decoder.weight.data_ptr() != sae.encoder.weight.data_ptr()
+    assert torch.equal(sae.W_dec, sae.W_enc)
+    assert sae.W_dec.data_ptr() != sae.W_enc.data_ptr()
 
 
 def test_twenty_steps_equal_the_formulas_written_by_hand() -> None:
@@ -80,10 +80,10 @@ def test_twenty_steps_equal_the_formulas_written_by_hand() -> None:
 def test_one_step_by_hand() -> None:
     sae = StandardAutoencoder(1, 2, 0.5, torch.Generator())
     with torch.no_grad():
-        sae.encoder.weight.copy_(torch.tensor([[1.0], [-1.0]]))
-        sae.encoder.bias.copy_(torch.tensor([0.5, 0.5]))
-        sae.decoder.weight.copy_(torch.tensor([[1.0, 1.0]]))
-        sae.decoder.bias.fill_(0.25)
+        sae.W_enc.copy_(torch.tensor([[1.0], [-1.0]]))
+        sae.b_enc.copy_(torch.tensor([0.5, 0.5]))
+        sae.W_dec.copy_(torch.tensor([[1.0], [1.0]]))
+        sae.b_dec.fill_(0.25)
     # x = 1: h = (1.5, 0), x_hat = 1.75; x = 0: h = (0.5, 0.5), x_hat = 1.25
     output = sae.step(StepInput(torch.tensor([[1.0], [0.0]]), step=0, total_steps=1))
     assert output.reconstruction_loss.item() == (0.75**2 + 1.25**2) / 2
@@ -96,8 +96,8 @@ def test_one_step_by_hand() -> None:
 def test_an_activation_at_the_threshold_is_not_active() -> None:
     sae = StandardAutoencoder(1, 1, 0.5, torch.Generator())
     with torch.no_grad():
-        sae.encoder.weight.fill_(1.0)
-        sae.encoder.bias.zero_()
+        sae.W_enc.fill_(1.0)
+        sae.b_enc.zero_()
     output = sae.step(StepInput(torch.tensor([[1e-6], [1.1e-6], [-1.0]]), step=0, total_steps=1))
     assert output.active_rows_F.tolist() == [1]
 
@@ -105,7 +105,7 @@ def test_an_activation_at_the_threshold_is_not_active() -> None:
 def test_the_same_seed_gives_the_same_weights_and_another_seed_others() -> None:
     def weights(seed: int) -> Tensor:
         config = StandardSAE(hidden_dim=D_SAE, seed=seed, sparsity_coeff=COEFF)
-        return build_sae(config, D_IN).encoder.weight.detach()
+        return build_sae(config, D_IN).W_enc.detach()
 
     torch.manual_seed(1)
     first = weights(7)
@@ -130,10 +130,10 @@ def test_only_the_latents_asked_for_are_reset() -> None:
     which[[2, 5]] = True
     sae.reset_latents(which, torch.Generator().manual_seed(11))
     fresh = Reference(torch.Generator().manual_seed(11)).weights[0]
-    torch.testing.assert_close(sae.encoder.weight[which], fresh[which], atol=1e-7, rtol=0)
-    assert sae.encoder.bias[which].tolist() == [torch.tensor(-0.1).item()] * 2
-    assert torch.equal(sae.decoder.weight[:, which], sae.encoder.weight[which].T)
-    assert torch.equal(sae.encoder.weight[~which], before[0][~which])
-    assert torch.equal(sae.encoder.bias[~which], before[1][~which])
-    assert torch.equal(sae.decoder.weight[:, ~which], before[2][:, ~which])
-    assert torch.equal(sae.decoder.bias, before[3])
+    torch.testing.assert_close(sae.W_enc[which], fresh[which], atol=1e-7, rtol=0)
+    assert sae.b_enc[which].tolist() == [torch.tensor(-0.1).item()] * 2
+    assert torch.equal(sae.W_dec[which], sae.W_enc[which])
+    assert torch.equal(sae.W_enc[~which], before[0][~which])
+    assert torch.equal(sae.b_enc[~which], before[1][~which])
+    assert torch.equal(sae.W_dec[~which], before[2][~which])
+    assert torch.equal(sae.b_dec, before[3])

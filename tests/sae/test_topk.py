@@ -32,7 +32,7 @@ def test_keeps_exactly_k_also_among_equal_values() -> None:
 def test_encodes_the_k_largest_positive_ones() -> None:
     sae = topk(d_in=3, d_sae=3, k=2)
     with torch.no_grad():
-        sae.encoder.weight.copy_(torch.eye(3))
+        sae.W_enc.copy_(torch.eye(3))
     expected = [[0.0, 4.0, 3.0], [0.0, 0.0, 0.5]]
     assert sae.encode(torch.tensor([[1.0, 4.0, 3.0], [-1.0, -2.0, 0.5]])).tolist() == expected
 
@@ -65,14 +65,14 @@ def slope(sae: TopKAutoencoder, parameter: Tensor, x: Tensor, dead: Tensor | Non
 
     def loss() -> float:
         z = x * sae.scale
-        positive = (sae.encoder(z - sae.decoder.bias)).relu()
+        positive = functional.linear(z - sae.b_dec, sae.W_enc, sae.b_enc).relu()
         kept = torch.where(positive >= positive.topk(sae.k, dim=1).values[:, -1:], positive, 0)
-        total = (sae.decoder(kept) - z).square().mean()
+        total = (kept @ sae.W_dec + sae.b_dec - z).square().mean()
         if dead is not None:
             candidates = positive * dead
             kept = torch.where(candidates >= candidates.topk(sae.k_aux, dim=1).values[:, -1:], candidates, 0)
             share = min(int(dead.sum()) / sae.k_aux, 1)
-            error = functional.linear(kept, sae.decoder.weight) - residual
+            error = kept @ sae.W_dec - residual
             total = total + sae.aux_k_coeff * share * error.square().sum() / residual.square().sum()
         return float(total)
 
@@ -91,15 +91,15 @@ def slope(sae: TopKAutoencoder, parameter: Tensor, x: Tensor, dead: Tensor | Non
 def test_the_auxiliary_gradient_reaches_encoder_and_decoder_of_dead_latents() -> None:
     sae = topk()
     with torch.no_grad():
-        sae.encoder.bias[:6] = -3.0  # never among the k largest, sometimes positive
+        sae.b_enc[:6] = -3.0  # never among the k largest, sometimes positive
     dead = torch.arange(24) < 6
     x = rows_of(200, 8) * 1.5
     output = sae.step(StepInput(x, 0, 1, dead))
     assert output.active_rows_F[:6].sum() < 20
     output.sparsity_loss.backward()  # type: ignore[no-untyped-call]
-    for parameter, axis in sae.latent_axes:
+    for parameter in sae.by_latent:
         assert parameter.grad is not None
-        per_latent = parameter.grad.movedim(axis, 0).reshape(24, -1).abs().sum(1)
+        per_latent = parameter.grad.reshape(24, -1).abs().sum(1)
         assert bool((per_latent[:6] > 0).all())
         assert bool((per_latent[6:] == 0).all())
 
@@ -107,8 +107,8 @@ def test_the_auxiliary_gradient_reaches_encoder_and_decoder_of_dead_latents() ->
 def test_the_auxiliary_loss_by_hand() -> None:
     sae = topk(d_in=2, d_sae=2, k=1, aux_k_coeff=0.5)
     with torch.no_grad():
-        sae.encoder.weight.copy_(torch.eye(2))
-        sae.decoder.weight.copy_(torch.eye(2))
+        sae.W_enc.copy_(torch.eye(2))
+        sae.W_dec.copy_(torch.eye(2))
     # x = (3, 1): the first is kept, the residual is (0, 1); k_aux = 1 and the dead second gives it exactly.
     x = torch.tensor([[3.0, 1.0]])
     dead = torch.tensor([False, True])
@@ -116,7 +116,7 @@ def test_the_auxiliary_loss_by_hand() -> None:
     assert output.reconstruction_loss.item() == 0.5
     assert output.sparsity_loss.item() == 0.0
     with torch.no_grad():
-        sae.decoder.weight[1, 1] = -1.0
+        sae.W_dec[1, 1] = -1.0
     # The dead latent now adds (0, -1): error 2² over energy 1, half of it.
     assert sae.step(StepInput(x, 0, 1, dead)).sparsity_loss.item() == 2.0
     assert sae.step(StepInput(x, 0, 1, None)).sparsity_loss.item() == 0.0
@@ -126,7 +126,7 @@ def test_the_auxiliary_loss_by_hand() -> None:
 def test_prepare_centres_and_scales() -> None:
     sae, x = topk(), rows_of(1000, 8) * 7 + torch.arange(8.0)
     sae.prepare(x)
-    encoder_input = x * sae.scale - sae.decoder.bias
+    encoder_input = x * sae.scale - sae.b_dec
     torch.testing.assert_close(encoder_input.mean(0), torch.zeros(8), atol=1e-5, rtol=0)
     assert encoder_input.square().sum(1).mean().item() == pytest.approx(8, rel=1e-5)
     sae.prepare(torch.ones(4, 8))
@@ -137,29 +137,29 @@ def test_the_decoder_keeps_norm_one_and_its_gradient_has_no_part_along_it() -> N
     sae = topk()
     sae.step(StepInput(rows_of(64, 8), 0, 1)).loss.backward()  # type: ignore[no-untyped-call]
     sae.before_update()
-    assert sae.decoder.weight.grad is not None
-    assert sae.decoder.weight.grad.abs().max() > 1e-3
-    along = (sae.decoder.weight.grad * sae.decoder.weight).sum(0)
+    assert sae.W_dec.grad is not None
+    assert sae.W_dec.grad.abs().max() > 1e-3
+    along = (sae.W_dec.grad * sae.W_dec).sum(1)
     torch.testing.assert_close(along, torch.zeros(24), atol=1e-7, rtol=0)
     with torch.no_grad():
-        sae.decoder.weight.mul_(3)
+        sae.W_dec.mul_(3)
     sae.after_update()
-    torch.testing.assert_close(sae.decoder.weight.norm(dim=0), torch.ones(24))
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
 
 
 def test_starts_with_unit_directions_and_an_encoder_that_is_a_copy() -> None:
     sae = topk()
-    torch.testing.assert_close(sae.decoder.weight.norm(dim=0), torch.ones(24))
-    assert torch.equal(sae.encoder.weight, sae.decoder.weight.T)
-    assert sae.encoder.weight.data_ptr() != sae.decoder.weight.data_ptr()
-    assert not sae.encoder.bias.any()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
+    assert torch.equal(sae.W_enc, sae.W_dec)
+    assert sae.W_enc.data_ptr() != sae.W_dec.data_ptr()
+    assert not sae.b_enc.any()
 
 
 def test_training_in_other_units_changes_only_the_units() -> None:
     """Inputs are scaled, so that rows a thousand times as large give the same SAE in their own units."""
     x = rows_of(256, 8) + 2
     small, large = trained(x, epochs=3), trained(x * 1024, epochs=3)
-    assert torch.equal(small.encoder.weight, large.encoder.weight)
+    assert torch.equal(small.W_enc, large.W_enc)
     torch.testing.assert_close(small.encode(x) * 1024, large.encode(x * 1024))
 
 
@@ -218,7 +218,7 @@ def test_the_auxiliary_loss_revives_dead_latents() -> None:
         trainer = Trainer(sae, recipe, rows=len(x), device="cpu", seed=0)
         trainer.prepare(x)
         with torch.no_grad():
-            sae.encoder.bias[:32] = -2.0  # half of the latents begin too low to be chosen
+            sae.b_enc[:32] = -2.0  # half of the latents begin too low to be chosen
         train(trainer, x)
         return float((sae.encode(x) > 0).any(0)[:32].logical_not().double().mean())
 

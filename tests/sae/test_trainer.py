@@ -55,7 +55,7 @@ def epoch_of(trainer: Trainer, x: Tensor) -> EpochFigures:
 def bury(trainer: Trainer, count: int) -> None:
     """Give the first latents a bias so low that they are never active."""
     with torch.no_grad():
-        trainer.sae.encoder.bias[:count] = -100.0
+        trainer.sae.b_enc[:count] = -100.0
 
 
 def flat(state: Any, path: str = "") -> dict[str, Any]:
@@ -177,7 +177,7 @@ def test_figures_of_an_epoch_are_means_over_rows() -> None:
     assert figures.rarely_active_share == 5 / D_SAE
     assert (figures.epochs, figures.stop_reason, figures.reinitialized) == (1, None, 0)
     with torch.no_grad():
-        sae.encoder.bias[5:7] = -100.0
+        sae.b_enc[5:7] = -100.0
     assert epoch_of(trainer, x).dead_share == 7 / D_SAE  # counted anew in each epoch
 
 
@@ -234,18 +234,19 @@ def test_rarely_active_latents_start_again_with_fresh_moments() -> None:
     assert_same(trainer.state_dict()["sae"], before["sae"])  # stopped now, it is as it was trained
     trainer._reinitialize()  # as the next step does first
     after = trainer.state_dict()
-    weight, column = after["sae"]["encoder.weight"], after["sae"]["decoder.weight"]
+    weight = after["sae"]["W_enc"]
     bound = (6 / (D_IN + D_SAE)) ** 0.5
     assert weight[:5].abs().max() <= bound
-    assert bool((weight[:5] != before["sae"]["encoder.weight"][:5]).all())
-    assert torch.equal(column[:, :5], weight[:5].T)
-    assert after["sae"]["encoder.bias"][:5].tolist() == [torch.tensor(-0.1).item()] * 5
-    for name in ("encoder.weight", "encoder.bias", "decoder.bias"):
+    assert bool((weight[:5] != before["sae"]["W_enc"][:5]).all())
+    assert torch.equal(after["sae"]["W_dec"][:5], weight[:5])
+    assert after["sae"]["b_enc"][:5].tolist() == [torch.tensor(-0.1).item()] * 5
+    for name in ("W_enc", "b_enc", "W_dec"):
         assert torch.equal(after["sae"][name][5:], before["sae"][name][5:])
-    for index, axis in ((0, 0), (1, 0), (2, 1)):
+    assert torch.equal(after["sae"]["b_dec"], before["sae"]["b_dec"])
+    for index in (0, 1, 2):
         for moment in ("exp_avg", "exp_avg_sq"):
-            new = after["optimizer"]["state"][index][moment].movedim(axis, 0)
-            old = before["optimizer"]["state"][index][moment].movedim(axis, 0)
+            new = after["optimizer"]["state"][index][moment]
+            old = before["optimizer"]["state"][index][moment]
             assert not new[:5].any()
             assert torch.equal(new[5:], old[5:])
             assert old[5:].any()
@@ -295,7 +296,7 @@ def test_a_weight_that_is_no_number_is_noticed_when_the_loss_still_is_one() -> N
     for batch in trainer.batches():
         trainer.step(rows()[batch])
     with torch.no_grad():
-        trainer.sae.decoder.bias[0] = float("nan")
+        trainer.sae.b_dec[0] = float("nan")
     with pytest.raises(TrainingDiverged, match="a weight is no number"):
         trainer.end_epoch()
 

@@ -1,6 +1,6 @@
 """What every kind of SAE is to the trainer: one record in, one record out, and a few moments at which a kind may act.
 
-Owns the two plain linear layers and their start; must not know any particular kind, an optimiser, a disk or a network.
+Owns the weights of the two linear layers and their start; must not know any kind, an optimiser, a disk or a network.
 """
 
 from abc import ABC, abstractmethod
@@ -48,8 +48,9 @@ class StepOutput:
 
 
 class SparseAutoencoder(nn.Module, ABC):
-    """An encoder [d_sae, d_in] and a decoder [d_in, d_sae], which never share storage.
+    """An encoder and a decoder, which never share storage; in both, a row of the weight is a latent's direction.
 
+    `W_enc` and `W_dec` [d_sae, d_in], `b_enc` [d_sae], `b_dec` [d_in], as the field calls them.
     `encode` and `decode` take and give the rows' own units; whatever scaling a kind trains in stays inside `step`.
     """
 
@@ -57,38 +58,37 @@ class SparseAutoencoder(nn.Module, ABC):
 
     def __init__(self, d_in: int, d_sae: int, generator: torch.Generator) -> None:
         super().__init__()
-        # Made without values: torch's own initialisation would draw from the global generator.
-        self.encoder = nn.Linear(d_in, d_sae, device="meta").to_empty(device="cpu")
-        self.decoder = nn.Linear(d_sae, d_in, device="meta").to_empty(device="cpu")
-        nn.init.zeros_(self.decoder.bias)
+        self.W_enc = nn.Parameter(torch.empty(d_sae, d_in))
+        self.b_enc = nn.Parameter(torch.empty(d_sae))
+        self.W_dec = nn.Parameter(torch.empty(d_sae, d_in))
+        self.b_dec = nn.Parameter(torch.zeros(d_in))
         self.reset_latents(torch.ones(d_sae, dtype=torch.bool), generator)
 
     @property
     def d_in(self) -> int:
         """Width of a row."""
-        return self.encoder.in_features
+        return self.W_enc.shape[1]
 
     @property
     def d_sae(self) -> int:
         """Number of latents."""
-        return self.encoder.out_features
+        return self.W_enc.shape[0]
 
     @property
-    def latent_axes(self) -> list[tuple[Tensor, int]]:
-        """The parameters that have a part for each latent, and along which axis."""
-        return [(self.encoder.weight, 0), (self.encoder.bias, 0), (self.decoder.weight, 1)]
+    def by_latent(self) -> list[nn.Parameter]:
+        """The parameters that have a row for each latent."""
+        return [self.W_enc, self.b_enc, self.W_dec]
 
     @torch.no_grad()
     def reset_latents(self, which_F: Tensor, generator: torch.Generator) -> None:
-        """Give the latents in `which_F` fresh encoder rows and biases, and decoder columns that copy those rows.
+        """Give the latents in `which_F` fresh encoder rows and biases, and decoder rows that copy those.
 
         A whole encoder is drawn, on the CPU, so that the values depend neither on the device nor on which are reset.
         """
         drawn_FD, drawn_F = self.draw_encoder(generator)
-        weight, bias, which_F = self.encoder.weight, self.encoder.bias, which_F.to(self.encoder.weight.device)
-        weight.copy_(torch.where(which_F[:, None], drawn_FD.to(weight), weight))
-        bias.copy_(torch.where(which_F, drawn_F.to(bias), bias))
-        self.decoder.weight.copy_(torch.where(which_F, drawn_FD.to(weight).T, self.decoder.weight))
+        which_F = which_F.to(self.W_enc.device)
+        for parameter, drawn in ((self.W_enc, drawn_FD), (self.b_enc, drawn_F), (self.W_dec, drawn_FD)):
+            parameter[which_F] = drawn.to(parameter)[which_F]
 
     @abstractmethod
     def draw_encoder(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:

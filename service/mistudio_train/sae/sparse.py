@@ -1,11 +1,22 @@
-"""Sparse activations as values and indices of k latents a row: choosing them, spreading them out, decoding them.
+"""Sparse activations: which latents of each row are active, and all arithmetic that touches only those.
 
-Owns the arithmetic only; must not know of weights' training, kinds or folding.
+Owns the arithmetic and its gradients; must not know of scaling, kinds or folding.
 """
+
+import warnings
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+with warnings.catch_warnings():  # PyTorch says once, at the first such matrix, that the format is in beta state
+    warnings.simplefilter("ignore")
+    torch.eye(1).to_sparse_csr()
+
+INT16_LATENTS = 2**15
 
 
 def keep_largest(acts_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -26,3 +37,162 @@ def decode_sparse(values_BK: Tensor, indices_BK: Tensor, decoder_DF: Tensor) -> 
         indices_BK, decoder_DF.T.contiguous(), per_sample_weights=values_BK, mode="sum"
     )
     return decoded_BD
+
+
+class Active:
+    """The places of the active latents in a matrix [B, d_sae], row after row; N of them in all.
+
+    Values at these places are a vector [N]. Products with such a matrix S and its transpose cost 2·N·d_in operations,
+    where dense ones cost 2·B·d_sae·d_in. On a CPU they are Intel MKL's; elsewhere S is made dense, which is right and
+    not fast.
+    """
+
+    def __init__(self, row_starts: Tensor, latents_N: Tensor, d_sae: int) -> None:
+        """`row_starts` int32 [B + 1]: where each row's places begin and the last ones end; `latents_N` int64."""
+        self.row_starts, self.latents_N, self.d_sae = row_starts, latents_N, d_sae
+
+    @classmethod
+    def same_number(cls, indices_BK: Tensor, d_sae: int) -> "Active":
+        """K latents a row: int64 [B, K], different within a row."""
+        rows, k = indices_BK.shape
+        row_starts = torch.arange(0, rows * k + 1, k, dtype=torch.int32, device=indices_BK.device)
+        return cls(row_starts, indices_BK.reshape(-1), d_sae)
+
+    @classmethod
+    def at(cls, places_N: Tensor, rows: int, d_sae: int) -> "Active":
+        """Places in the flattened matrix, ascending: int64 [N]."""
+        rows_N = places_N.div(d_sae, rounding_mode="floor")
+        row_starts = torch.searchsorted(rows_N, torch.arange(rows + 1, device=places_N.device), out_int32=True)
+        return cls(row_starts, places_N - rows_N * d_sae, d_sae)
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return len(self.row_starts) - 1
+
+    @cached_property
+    def row_of_place(self) -> Tensor:
+        """int64 [N]."""
+        counts_B = self.row_starts.diff().long()
+        return torch.arange(self.rows, device=counts_B.device).repeat_interleave(
+            counts_B, output_size=len(self.latents_N)
+        )
+
+    def pick(self, matrix_BF: Tensor) -> Tensor:
+        """The values of a dense matrix at the places: [N]."""
+        return matrix_BF.reshape(-1)[self.row_of_place * self.d_sae + self.latents_N]
+
+    def count_by_latent(self, which_N: Tensor) -> Tensor:
+        """At how many places of each latent a condition holds: int64 [d_sae]."""
+        counts_F = torch.zeros(self.d_sae, dtype=torch.int64, device=which_N.device)
+        return counts_F.index_add_(0, self.latents_N, which_N.long())
+
+    def sum_by_latent(self, values_N: Tensor) -> Tensor:
+        """S's sum over rows: [d_sae]."""
+        return values_N.new_zeros(self.d_sae).index_add_(0, self.latents_N, values_N)
+
+    def dense(self, values_N: Tensor) -> Tensor:
+        """S itself: [B, d_sae]."""
+        matrix_BF = values_N.new_zeros(self.rows, self.d_sae)
+        matrix_BF[self.row_of_place, self.latents_N] = values_N
+        return matrix_BF
+
+    def times(self, values_N: Tensor, weight_FD: Tensor) -> Tensor:
+        """S @ weight: [B, d_in]."""
+        if not self._by_mkl(values_N):
+            return self.dense(values_N) @ weight_FD
+        return torch.mm(self._csr(values_N), weight_FD)
+
+    def transpose_times(self, values_N: Tensor, rows_BD: Tensor) -> Tensor:
+        """Sᵀ @ rows: [d_sae, d_in]."""
+        if not self._by_mkl(values_N):
+            return self.dense(values_N).T @ rows_BD
+        column_starts, rows_N, order_N = self._transposed
+        shape = (self.d_sae, self.rows)
+        transposed_FB = torch.sparse_csr_tensor(column_starts, rows_N, values_N[order_N], shape, check_invariants=False)
+        return torch.mm(transposed_FB, rows_BD)
+
+    def products(self, rows_BD: Tensor, weight_FD: Tensor) -> Tensor:
+        """The matrix rows @ weightᵀ at the places only: [N]."""
+        if not self._by_mkl(rows_BD):
+            return self.pick(rows_BD @ weight_FD.T)
+        pattern = self._csr(rows_BD.new_zeros(len(self.latents_N)))
+        sampled: Tensor = torch.sparse.sampled_addmm(pattern, rows_BD, weight_FD.T, beta=0.0)
+        return sampled.values()
+
+    @staticmethod
+    def _by_mkl(tensor: Tensor) -> bool:
+        return tensor.device.type == "cpu" and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+
+    def _csr(self, values_N: Tensor) -> Tensor:
+        shape = (self.rows, self.d_sae)
+        return torch.sparse_csr_tensor(self.row_starts, self._latents_int32, values_N, shape, check_invariants=False)
+
+    @cached_property
+    def _latents_int32(self) -> Tensor:
+        return self.latents_N.int()
+
+    @cached_property
+    def _transposed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Starts of the latents int32 [d_sae + 1], row of each place by latent int32, and the order of the places."""
+        narrow_N = self.latents_N.to(torch.int16 if self.d_sae <= INT16_LATENTS else torch.int32)
+        order_N = torch.argsort(narrow_N, stable=True)
+        starts = torch.zeros(self.d_sae + 1, dtype=torch.int32, device=order_N.device)
+        starts[1:] = torch.bincount(self.latents_N, minlength=self.d_sae).cumsum(0)
+        return starts, self.row_of_place[order_N].int(), order_N
+
+
+def encode_at(
+    active: Active, pre_BF: Tensor, centred_BD: Tensor, centre_D: Tensor, weight_FD: Tensor, bias_F: Tensor
+) -> Tensor:
+    """The active ones of `pre_BF` = centred @ weightᵀ + bias: [N]; the product has been computed already.
+
+    With gradients of the weight, of the bias, and of the centre that was subtracted from rows to give `centred_BD`.
+    """
+    values_N: Tensor = _EncodeAt.apply(active, pre_BF, centred_BD, centre_D, weight_FD, bias_F)  # type: ignore[no-untyped-call]
+    return values_N
+
+
+def decode_at(active: Active, values_N: Tensor, weight_FD: Tensor) -> Tensor:
+    """S @ weight for the matrix S with these values at the active places: [B, d_in], with gradients of both."""
+    decoded_BD: Tensor = _DecodeAt.apply(active, values_N, weight_FD)  # type: ignore[no-untyped-call]
+    return decoded_BD
+
+
+class _EncodeAt(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        active: Active,
+        pre_BF: Tensor,
+        centred_BD: Tensor,
+        centre_D: Tensor,
+        weight_FD: Tensor,
+        bias_F: Tensor,
+    ) -> Tensor:
+        ctx.active = active
+        ctx.save_for_backward(centred_BD, weight_FD)
+        return active.pick(pre_BF)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope_N: Tensor) -> tuple[Tensor | None, ...]:
+        centred_BD, weight_FD = ctx.saved_tensors
+        bias_slope_F = ctx.active.sum_by_latent(slope_N)
+        weight_slope_FD = ctx.active.transpose_times(slope_N, centred_BD)
+        return None, None, None, -(bias_slope_F @ weight_FD), weight_slope_FD, bias_slope_F
+
+
+class _DecodeAt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, active: Active, values_N: Tensor, weight_FD: Tensor) -> Tensor:
+        ctx.active = active
+        ctx.save_for_backward(values_N, weight_FD)
+        return active.times(values_N, weight_FD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope_BD: Tensor) -> tuple[Tensor | None, ...]:
+        values_N, weight_FD = ctx.saved_tensors
+        slope_BD = slope_BD.contiguous()
+        return None, ctx.active.products(slope_BD, weight_FD), ctx.active.transpose_times(values_N, slope_BD)

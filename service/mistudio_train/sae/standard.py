@@ -20,7 +20,8 @@ class StandardAutoencoder(SparseAutoencoder):
         x̂ = W_dec h + b_dec
         L = mean (x̂ - x)² + λ mean |h|        means over rows and dimensions, rows and latents
 
-    Start: W_enc Xavier-uniform, U(±√(6 / (D + F))); b_enc = -0.1; W_dec = a copy of W_encᵀ; b_dec = 0.
+    Start: W_enc Xavier-uniform, U(±√(6 / (D + F))); b_enc = -0.1; W_dec = a copy of W_encᵀ (which is kept transposed,
+    a row a latent); b_dec = 0.
     Nothing is scaled, so activations have the units that the loss gives them.
     """
 
@@ -37,12 +38,11 @@ class StandardAutoencoder(SparseAutoencoder):
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """The activations h."""
-        return functional.relu(self.encoder(x_BD))
+        return functional.relu(functional.linear(x_BD, self.W_enc, self.b_enc))
 
     def decode(self, acts_BF: Tensor) -> Tensor:
         """The reconstruction x̂."""
-        x_hat_BD: Tensor = self.decoder(acts_BF)
-        return x_hat_BD
+        return functional.linear(acts_BF, self.W_dec.T, self.b_dec)
 
     def step(self, inputs: StepInput) -> StepOutput:
         """Mean squared error plus λ times the mean absolute latent."""
@@ -62,8 +62,8 @@ class StandardAutoencoder(SparseAutoencoder):
         """The weights as they are."""
         return FoldedSAE(
             kind=self.kind,
-            encoder_weight=plain(self.encoder.weight),
-            encoder_bias=plain(self.encoder.bias),
-            decoder_weight=plain(self.decoder.weight),
-            decoder_bias=plain(self.decoder.bias),
+            encoder_weight=plain(self.W_enc),
+            encoder_bias=plain(self.b_enc),
+            decoder_weight=plain(self.W_dec.T),
+            decoder_bias=plain(self.b_dec),
         )

@@ -202,10 +202,10 @@ class Trainer:
         if which_F is None:
             return
         self.sae.reset_latents(which_F, self._generator)
-        for parameter, axis in self.sae.latent_axes:
+        for parameter in self.sae.by_latent:
             moments = self._optimizer.state[parameter]
             for name in ("exp_avg", "exp_avg_sq"):
-                moments[name].movedim(axis, 0)[which_F] = 0
+                moments[name][which_F] = 0
         self._rows_since_active_F[which_F] = 0
 
 

@@ -1,0 +1,80 @@
+"""Arithmetic on active entries only, against the same on dense matrices, with Intel MKL and without it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mistudio_train.sae.sparse import Active, decode_at, encode_at
+
+ROWS, D_IN, D_SAE = 6, 4, 9
+PATTERNS: dict[str, list[list[int]]] = {
+    "the same number a row": [[3, 1], [8, 0], [1, 2], [5, 4], [1, 3], [0, 1]],
+    "several numbers a row": [[0, 4, 8], [], [4], [1, 2, 3, 4, 5], [], [8]],
+    "none at all": [[]] * ROWS,
+    "all of them": [list(range(D_SAE))] * ROWS,
+}
+
+
+@pytest.fixture(params=["MKL", "dense"], autouse=True)
+def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "dense":
+        monkeypatch.setattr(Active, "_by_mkl", staticmethod(lambda _: False))
+    elif not Active._by_mkl(torch.zeros(1)):
+        pytest.fail("this PyTorch has no MKL, so that its own way stays untested here")
+
+
+@pytest.fixture(params=list(PATTERNS.values()), ids=list(PATTERNS))
+def active(request: pytest.FixtureRequest) -> Active:
+    return pattern(request.param)
+
+
+def pattern(latents: list[list[int]]) -> Active:
+    starts = torch.tensor([len(row) for row in latents]).cumsum(0)
+    flat = torch.tensor([latent for row in latents for latent in row], dtype=torch.int64)
+    return Active(torch.cat([torch.zeros(1), starts]).int(), flat, D_SAE)
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_products_are_those_of_the_dense_matrix(active: Active) -> None:
+    values, weight, rows = drawn(len(active.latents_N)), drawn(D_SAE, D_IN, seed=1), drawn(ROWS, D_IN, seed=2)
+    dense = active.dense(values)
+    assert torch.equal(active.pick(dense), values)
+    torch.testing.assert_close(active.times(values, weight), dense @ weight)
+    torch.testing.assert_close(active.transpose_times(values, rows), dense.T @ rows)
+    torch.testing.assert_close(active.products(rows, weight), active.pick(rows @ weight.T))
+    torch.testing.assert_close(active.sum_by_latent(values), dense.sum(0))
+    assert torch.equal(active.count_by_latent(values > 0), (dense > 0).sum(0))
+
+
+def test_gradients_are_right(active: Active) -> None:
+    rows, centre, bias = drawn(ROWS, D_IN), drawn(D_IN, seed=1), drawn(D_SAE, seed=2)
+    w_enc, w_dec = drawn(D_SAE, D_IN, seed=3), drawn(D_SAE, D_IN, seed=4)
+    inputs = [tensor.requires_grad_() for tensor in (centre, w_enc, bias, w_dec)]
+
+    def there_and_back(centre: Tensor, w_enc: Tensor, bias: Tensor, w_dec: Tensor) -> Tensor:
+        centred = (rows - centre).detach()
+        pre = (centred @ w_enc.T + bias).detach()
+        return decode_at(active, encode_at(active, pre, centred, centre, w_enc, bias).tanh(), w_dec)
+
+    assert torch.autograd.gradcheck(there_and_back, inputs)
+
+
+def test_places_in_the_flattened_matrix_are_understood(active: Active) -> None:
+    dense = active.dense(torch.ones(len(active.latents_N)))
+    found = Active.at(dense.flatten().nonzero().squeeze(1), ROWS, D_SAE)
+    assert torch.equal(found.dense(torch.ones(len(found.latents_N))), dense)
+
+
+def test_many_latents_are_told_apart() -> None:
+    wide = Active.same_number(torch.tensor([[70_000, 4_464], [32_767, 32_768]]), 70_001)
+    found = wide.transpose_times(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.eye(2))
+    assert found[[70_000, 4_464, 32_767, 32_768]].tolist() == [[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 4.0]]
+
+
+def test_the_same_number_of_latents_a_row() -> None:
+    indices = torch.tensor([[2, 0], [1, 2]])
+    active = Active.same_number(indices, 3)
+    assert active.dense(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist() == [[2.0, 0.0, 1.0], [0.0, 3.0, 4.0]]
