@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
-from mistudio_schemas import CorpusInfo, StandardSAE, TopKSAE, TrainRequested
+from mistudio_schemas import CorpusInfo, SAEConfig, StandardSAE, TopKSAE, TrainRequested
 from mistudio_train.messages import Failed, Finished, JobSpec, Lease, Logging, Progress
 from mistudio_train.worker.child import Child
 
@@ -48,7 +48,7 @@ class Case:
     """One kind of job, run with two corpora that differ in nothing but their length."""
 
     pooling: Literal["token", "mean"]
-    saes: tuple[TopKSAE | StandardSAE, ...] = (
+    saes: tuple[SAEConfig, ...] = (
         TopKSAE(name="topk", hidden_dim=256, k=8, batch_size=BATCH, max_epochs=1),
         StandardSAE(name="standard", hidden_dim=64, batch_size=BATCH, max_epochs=1),
     )
@@ -117,7 +117,7 @@ class Compared:
 class _Watch:
     """Follows a child from step to step, and makes the kernel's peak begin anew with each."""
 
-    def __init__(self, pid: int, saes: Sequence[TopKSAE | StandardSAE]) -> None:
+    def __init__(self, pid: int, saes: Sequence[SAEConfig]) -> None:
         self.base_bytes = 0
         self.steps: dict[str, Resident] = {}
         self._pid, self._waiting = pid, [str(sae.name) for sae in saes]

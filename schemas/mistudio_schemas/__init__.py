@@ -31,7 +31,17 @@ from .kafka import (
     terminal_event_id,
 )
 from .requests import DEFAULT_LAYER, JobId, Limits, TrainRequested, new_job_id
-from .sae import KINDS, HookSite, SAEConfig, SAEFields, StandardSAE, TopKSAE
+from .sae import (
+    KINDS,
+    BatchTopKSAE,
+    HookSite,
+    KSparseFields,
+    MatryoshkaSAE,
+    SAEConfig,
+    SAEFields,
+    StandardSAE,
+    TopKSAE,
+)
 from .topics import Topics
 
 __all__ = [
@@ -39,13 +49,16 @@ __all__ = [
     "EVENT_TYPES",
     "KINDS",
     "ArtifactRef",
+    "BatchTopKSAE",
     "Contract",
     "CorpusInfo",
     "ErrorCode",
     "HookSite",
     "JobId",
+    "KSparseFields",
     "KafkaRecord",
     "Limits",
+    "MatryoshkaSAE",
     "ModelInfo",
     "Phase",
     "SAEConfig",

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from .base import Contract
-from .sae import HookSite, SAEConfig, StandardSAE, TopKSAE
+from .sae import HookSite, KSparseFields, SAEConfig, StandardSAE
 
 JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 DEFAULT_LAYER = 12
@@ -179,7 +179,7 @@ class TrainRequested(Contract):
                 raise ValueError(f"Maximum epochs must be between 1 and {limits.max_epochs}")
             if sae.layer_number is not None and sae.layer_number > limits.max_layer:
                 raise ValueError(f"Layer number seems too high (max {limits.max_layer})")
-            if isinstance(sae, TopKSAE) and sae.k > (sae.hidden_dim or 0):
+            if isinstance(sae, KSparseFields) and sae.k > (sae.hidden_dim or 0):
                 raise ValueError(f"k must be at most the hidden dimension ({sae.k} > {sae.hidden_dim})")
         return self
 
@@ -197,15 +197,15 @@ class TrainRequested(Contract):
         """Whether the requester chose the layer, so that one the model has not is refused and not adjusted."""
         return "layer_number" in self.model_fields_set
 
-    def resolved_saes(self) -> list[StandardSAE | TopKSAE]:
+    def resolved_saes(self) -> list[SAEConfig]:
         """The SAEs with every inherited field filled in and a name each, the primary one first.
 
         `layer_number` stays `None` where neither the SAE nor the requester named a layer.
         """
-        asked: list[StandardSAE | TopKSAE] = self.saes or [self.sae or StandardSAE()]
+        asked: list[SAEConfig] = self.saes or [self.sae or StandardSAE()]
         return [self._resolved(sae, position) for position, sae in enumerate(asked)]
 
-    def _resolved(self, sae: StandardSAE | TopKSAE, position: int) -> StandardSAE | TopKSAE:
+    def _resolved(self, sae: SAEConfig, position: int) -> SAEConfig:
         filled: dict[str, Any] = {}
         for field in ("hook_site", "hidden_dim", "max_epochs", "seed"):
             if getattr(sae, field) is None:

@@ -5,7 +5,7 @@ A field that is `null` takes the request's field of the same name, or the kind's
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, field_validator
 
 from .base import Contract
 
@@ -52,12 +52,11 @@ class StandardSAE(SAEFields):
     """Epochs between re-initialisations of dead latents, none in the last ten epochs; 0: never."""
 
 
-class TopKSAE(SAEFields):
-    """Keeps the k largest latents of each row (Gao et al. 2024, arXiv:2406.04093), with the auxiliary-k loss."""
+class KSparseFields(SAEFields):
+    """What the kinds have that keep a number of latents."""
 
-    kind: Literal["topk"] = "topk"
     k: int = Field(32, ge=1)
-    """Latents kept a row."""
+    """Latents kept a row; of `batchtopk` and `matryoshka`, in the mean over rows."""
     learning_rate: float | None = Field(None, gt=0, le=1.0)
     """Adam's peak step size; `null`: 2e-4 / sqrt(hidden_dim / 16384)."""
     batch_size: int = Field(1024, ge=1, le=65536)
@@ -72,5 +71,44 @@ class TopKSAE(SAEFields):
     """A latent is dead after this share of the run's rows, or ten million rows if fewer, without being active."""
 
 
-SAEConfig = Annotated[StandardSAE | TopKSAE, Field(discriminator="kind")]
-KINDS: tuple[str, ...] = ("standard", "topk")
+class TopKSAE(KSparseFields):
+    """Keeps the k largest latents of each row (Gao et al. 2024, arXiv:2406.04093), with the auxiliary-k loss."""
+
+    kind: Literal["topk"] = "topk"
+
+
+class BatchTopKSAE(KSparseFields):
+    """Keeps k latents a row in the mean over a batch, afterwards those above a threshold that it has learned.
+
+    Bussmann et al. 2024 (arXiv:2412.06410), with the auxiliary-k loss.
+    """
+
+    kind: Literal["batchtopk"] = "batchtopk"
+    threshold_rate: float = Field(0.05, gt=0, le=1)
+    """By which share of the difference each step moves the threshold to the step's smallest kept value."""
+
+
+class MatryoshkaSAE(KSparseFields):
+    """A `batchtopk` whose first latents alone must reconstruct, too (Bussmann et al. 2025, arXiv:2503.17547)."""
+
+    kind: Literal["matryoshka"] = "matryoshka"
+    threshold_rate: float = Field(0.05, gt=0, le=1)
+    """By which share of the difference each step moves the threshold to the step's smallest kept value."""
+    group_shares: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1, max_length=16)] = [
+        1 / 32,
+        1 / 16,
+        1 / 8,
+        1 / 4,
+    ]
+    """Shares of the latents in the groups from the first on, together below 1; one more group has the rest."""
+
+    @field_validator("group_shares")
+    @classmethod
+    def _group_shares(cls, value: list[float]) -> list[float]:
+        if sum(value) >= 1:
+            raise ValueError("The shares of the groups must be below 1 together; the last group has the rest")
+        return value
+
+
+SAEConfig = Annotated[StandardSAE | TopKSAE | BatchTopKSAE | MatryoshkaSAE, Field(discriminator="kind")]
+KINDS: tuple[str, ...] = ("standard", "topk", "batchtopk", "matryoshka")

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mistudio_train.sae.base import SparseAutoencoder
+from mistudio_train.sae.base import SparseAutoencoder, StepInput
+from mistudio_train.sae.batchtopk import BatchTopKAutoencoder
 from mistudio_train.sae.standard import StandardAutoencoder
 from mistudio_train.sae.topk import TopKAutoencoder
 
@@ -38,7 +39,14 @@ def topk() -> SparseAutoencoder:
     return moved(sae)
 
 
-@pytest.mark.parametrize("make", [standard, topk])
+def batchtopk() -> SparseAutoencoder:
+    sae = BatchTopKAutoencoder(D_IN, D_SAE, K, 1 / 32, 0.1, torch.Generator().manual_seed(0))
+    sae.prepare(rows())
+    sae.step(StepInput(rows(), 0, 1))
+    return moved(sae)
+
+
+@pytest.mark.parametrize("make", [standard, topk, batchtopk])
 def test_features_and_reconstruction_are_those_of_the_sae(make: Make) -> None:
     sae, x = make(), rows()
     folded = sae.folded()
@@ -47,14 +55,18 @@ def test_features_and_reconstruction_are_those_of_the_sae(make: Make) -> None:
     torch.testing.assert_close(folded.decode(acts), sae.decode(acts).detach(), atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("make", [standard, topk])
+@pytest.mark.parametrize("make", [standard, topk, batchtopk])
 def test_two_plain_layers_are_enough_but_for_what_needs_says(make: Make) -> None:
     folded, x = make().folded(), rows()
     plain = nn.ModuleDict({"encoder": nn.Linear(D_IN, D_SAE), "decoder": nn.Linear(D_SAE, D_IN)})
     plain.load_state_dict(folded.state_dict())
     with torch.no_grad():
         acts = plain["encoder"](x).relu()
-        if folded.k is None:
+        if folded.threshold is not None:
+            assert folded.needs is not None
+            assert "above `threshold`" in folded.needs
+            acts = acts * (acts > folded.threshold)
+        elif folded.k is None:
             assert folded.needs is None
         else:
             assert folded.needs is not None
@@ -65,7 +77,7 @@ def test_two_plain_layers_are_enough_but_for_what_needs_says(make: Make) -> None
         assert torch.equal(folded.decode(acts), plain["decoder"](acts))
 
 
-@pytest.mark.parametrize("make", [standard, topk])
+@pytest.mark.parametrize("make", [standard, topk, batchtopk])
 def test_sparse_and_dense_agree(make: Make) -> None:
     folded, x = make().folded(), rows()
     values, indices = folded.encode_sparse(x)
@@ -89,7 +101,7 @@ def test_a_topk_activation_is_a_length_in_the_space_of_the_rows() -> None:
     torch.testing.assert_close(parts, acts @ folded.decoder_weight.T, atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("make", [standard, topk])
+@pytest.mark.parametrize("make", [standard, topk, batchtopk])
 def test_weights_are_plain_copies(make: Make) -> None:
     sae = make()
     folded = sae.folded()

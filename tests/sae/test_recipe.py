@@ -4,13 +4,13 @@ import math
 
 import pytest
 
-from mistudio_schemas import StandardSAE, TopKSAE, TrainRequested
+from mistudio_schemas import SAEConfig, StandardSAE, TopKSAE, TrainRequested
 from mistudio_train.sae.build import build_sae, recipe_for
 from mistudio_train.sae.recipe import EarlyStopping, Recipe, StopReason
 from mistudio_train.sae.topk import TopKAutoencoder
 
 
-def resolved(sae: StandardSAE | TopKSAE | None, max_epochs: int = 50) -> StandardSAE | TopKSAE:
+def resolved(sae: SAEConfig | None, max_epochs: int = 50) -> SAEConfig:
     request = TrainRequested(model_name="m", corpus_file="c.txt", sae=sae, max_epochs=max_epochs)
     return request.resolved_saes()[0]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistudio_schemas import StandardSAE, TopKSAE
+from mistudio_schemas import BatchTopKSAE, MatryoshkaSAE, SAEConfig, StandardSAE, TopKSAE
 from mistudio_train.errors import TrainingDiverged
 from mistudio_train.sae.build import build_sae
 from mistudio_train.sae.figures import EpochFigures
@@ -17,9 +17,11 @@ from mistudio_train.sae.trainer import Trainer
 
 ROWS, D_IN, D_SAE = 70, 6, 20
 
-KINDS: list[StandardSAE | TopKSAE] = [
+KINDS: list[SAEConfig] = [
     StandardSAE(hidden_dim=D_SAE, seed=4, sparsity_coeff=1e-2),
     TopKSAE(hidden_dim=D_SAE, seed=4, k=2),
+    BatchTopKSAE(hidden_dim=D_SAE, seed=4, k=2),
+    MatryoshkaSAE(hidden_dim=D_SAE, seed=4, k=2),
 ]
 
 
@@ -42,7 +44,7 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe(**(numbers | changes))
 
 
-def trainer_of(config: StandardSAE | TopKSAE, seed: int = 0, **changes: Any) -> Trainer:
+def trainer_of(config: SAEConfig, seed: int = 0, **changes: Any) -> Trainer:
     return Trainer(build_sae(config, D_IN), recipe(**changes), rows=ROWS, device="cpu", seed=seed)
 
 
@@ -77,7 +79,7 @@ def assert_same(first: Any, second: Any) -> None:
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)
 @pytest.mark.parametrize("stop_at", [1, 5, 8, 23])
-def test_resumed_equals_uninterrupted_bit_for_bit(config: StandardSAE | TopKSAE, stop_at: int) -> None:
+def test_resumed_equals_uninterrupted_bit_for_bit(config: SAEConfig, stop_at: int) -> None:
     x = rows()
 
     def run(trainer: Trainer, until: int) -> list[EpochFigures]:
@@ -117,7 +119,7 @@ def test_a_checkpoint_of_another_run_is_refused() -> None:
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)
-def test_the_same_seed_gives_the_same_weights(config: StandardSAE | TopKSAE) -> None:
+def test_the_same_seed_gives_the_same_weights(config: SAEConfig) -> None:
     def weights(seed: int) -> dict[str, Any]:
         trainer = trainer_of(config, seed=seed)
         trainer.prepare(rows())
@@ -279,7 +281,7 @@ def test_a_loss_without_improvement_ends_training() -> None:
 
 
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)
-def test_a_loss_that_is_no_number_is_noticed(config: StandardSAE | TopKSAE) -> None:
+def test_a_loss_that_is_no_number_is_noticed(config: SAEConfig) -> None:
     x = rows()
     x[3, 2] = float("inf")
     trainer = trainer_of(config)

@@ -44,6 +44,7 @@ def test_plain_load_gives_every_field(tmp_path: Path) -> None:
         "kind": "standard",
         "k": None,
         "needs": None,
+        "threshold": None,
     }
     assert {name: list(weight.shape) for name, weight in weights.items()} == {
         "encoder.weight": [D_SAE, D_IN],
@@ -88,6 +89,17 @@ def test_a_kind_that_needs_more_says_so_and_is_right(tmp_path: Path) -> None:
     acts_BF = nn.functional.linear(x_BD, weights["encoder.weight"], weights["encoder.bias"]).relu()
     kept_BF = acts_BF * (acts_BF >= acts_BF.topk(loaded["k"]).values[:, -1:])
     torch.testing.assert_close(kept_BF, sae.encode(x_BD))
+
+
+def test_a_threshold_is_a_tensor_beside_the_weights(tmp_path: Path) -> None:
+    sae, x_BD = small_sae("batchtopk"), rows()
+    write_model_file(tmp_path / "sae_model.pt", sae, **GIVEN | {"sparsity_coeff": None})
+    loaded = torch.load(tmp_path / "sae_model.pt", map_location="cpu")
+    assert "above `threshold`" in loaded["needs"]
+    assert set(loaded["model_state_dict"]) == set(sae.state_dict())
+    weights = loaded["model_state_dict"]
+    acts_BF = nn.functional.linear(x_BD, weights["encoder.weight"], weights["encoder.bias"]).relu()
+    torch.testing.assert_close(acts_BF * (acts_BF > loaded["threshold"]), sae.encode(x_BD))
 
 
 def test_the_same_sae_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -26,6 +26,8 @@ TEXTS = [f"the cat sat on mat {number} and looked at {number % 7} birds and {num
 SAES: dict[str, dict[str, Any]] = {
     "standard": {"kind": "standard", "hidden_dim": 64, "batch_size": 128, "reinitialize_dead_every": 1},
     "topk": {"kind": "topk", "k": 4, "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05},
+    "batchtopk": {"kind": "batchtopk", "k": 4, "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05},
+    "matryoshka": {"kind": "matryoshka", "k": 4, "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05},
 }
 INTERRUPTIONS = int(os.environ.get("INTERRUPTIONS", "4"))
 """Of each kind, in extraction and in training; more of them take longer and show more."""

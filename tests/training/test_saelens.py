@@ -34,8 +34,10 @@ ORIGIN = Origin(
 RATE_F = torch.linspace(0, 1, D_SAE)
 
 
-@pytest.mark.parametrize("kind", ["standard", "topk"])
-def test_saelens_gives_the_same_features_and_reconstruction(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "architecture"), [("standard", "standard"), ("topk", "topk"), ("batchtopk", "jumprelu")]
+)
+def test_saelens_gives_the_same_features_and_reconstruction(tmp_path: Path, kind: str, architecture: str) -> None:
     from sae_lens import SAE
 
     sae, x_BD = small_sae(kind), rows()
@@ -48,7 +50,7 @@ def test_saelens_gives_the_same_features_and_reconstruction(tmp_path: Path, kind
         torch.testing.assert_close(theirs.decode(their_acts_BF), sae.decode(acts_BF), atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(theirs(x_BD), sae.decode(acts_BF), atol=1e-4, rtol=1e-5)
     assert torch.equal(their_acts_BF > 0, acts_BF > 0)
-    assert (theirs.cfg.d_in, theirs.cfg.d_sae, theirs.cfg.architecture()) == (D_IN, D_SAE, kind)
+    assert (theirs.cfg.d_in, theirs.cfg.d_sae, theirs.cfg.architecture()) == (D_IN, D_SAE, architecture)
     assert theirs.cfg.metadata.hook_name == "model.layers.1"
     assert theirs.cfg.metadata.transformer_lens_hook_name == "blocks.1.hook_resid_post"
     assert theirs.cfg.metadata.model_revision == "0123abc"

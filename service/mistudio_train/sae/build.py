@@ -8,9 +8,11 @@ from typing import Final, TypeVar
 
 import torch
 
-from mistudio_schemas import StandardSAE, TopKSAE
+from mistudio_schemas import BatchTopKSAE, KSparseFields, MatryoshkaSAE, SAEConfig, StandardSAE
 
 from .base import SparseAutoencoder
+from .batchtopk import BatchTopKAutoencoder
+from .matryoshka import MatryoshkaAutoencoder
 from .recipe import Recipe
 from .standard import StandardAutoencoder
 from .topk import TopKAutoencoder
@@ -23,7 +25,7 @@ DEAD_AFTER_AT_MOST: Final = 10_000_000
 T = TypeVar("T")
 
 
-def build_sae(config: StandardSAE | TopKSAE, d_in: int) -> SparseAutoencoder:
+def build_sae(config: SAEConfig, d_in: int) -> SparseAutoencoder:
     """A freshly initialised SAE on the CPU in fp32; the same configuration gives the same weights.
 
     `config` is one of `TrainRequested.resolved_saes()`; `d_in` is the width of a row.
@@ -37,18 +39,24 @@ def build_sae(config: StandardSAE | TopKSAE, d_in: int) -> SparseAutoencoder:
         return StandardAutoencoder(d_in, d_sae, _given(config.sparsity_coeff, "sparsity_coeff"), generator)
     if config.k > d_sae:
         raise ValueError(f"k must be at most the hidden dimension ({config.k} > {d_sae})")
-    return TopKAutoencoder(d_in, d_sae, config.k, config.aux_k_coeff, generator)
+    shape = d_in, d_sae, config.k, config.aux_k_coeff
+    if isinstance(config, MatryoshkaSAE):
+        prefixes = _prefixes(config.group_shares, d_sae)
+        return MatryoshkaAutoencoder(*shape, config.threshold_rate, prefixes, generator)
+    if isinstance(config, BatchTopKSAE):
+        return BatchTopKAutoencoder(*shape, config.threshold_rate, generator)
+    return TopKAutoencoder(*shape, generator)
 
 
-def recipe_for(config: StandardSAE | TopKSAE, *, rows: int, mean_pooled: bool) -> Recipe:
+def recipe_for(config: SAEConfig, *, rows: int, mean_pooled: bool) -> Recipe:
     """How to train what `config` names on `rows` rows, which are one a text where `mean_pooled`.
 
     Raises:
         ValueError: if a field that resolving fills in is missing.
     """
-    return (
-        _standard_recipe(config, rows) if isinstance(config, StandardSAE) else _topk_recipe(config, rows, mean_pooled)
-    )
+    if isinstance(config, StandardSAE):
+        return _standard_recipe(config, rows)
+    return _k_sparse_recipe(config, rows, mean_pooled)
 
 
 def _standard_recipe(config: StandardSAE, rows: int) -> Recipe:
@@ -63,7 +71,7 @@ def _standard_recipe(config: StandardSAE, rows: int) -> Recipe:
     )
 
 
-def _topk_recipe(config: TopKSAE, rows: int, mean_pooled: bool) -> Recipe:
+def _k_sparse_recipe(config: KSparseFields, rows: int, mean_pooled: bool) -> Recipe:
     d_sae, max_epochs = _given(config.hidden_dim, "hidden_dim"), _given(config.max_epochs, "max_epochs")
     # Thousands of rows instead of millions: small batches, or there would be too few steps.
     largest = max(16, rows // 16) if mean_pooled else config.batch_size
@@ -76,6 +84,12 @@ def _topk_recipe(config: TopKSAE, rows: int, mean_pooled: bool) -> Recipe:
         decay=config.decay,
         grad_clip=1.0,
     )
+
+
+def _prefixes(shares: list[float], d_sae: int) -> list[int]:
+    """Numbers of latents that reconstruct alone: those of the groups so far, each at least one, and in the end all."""
+    ends = {round(d_sae * sum(shares[:groups])) for groups in range(1, len(shares) + 1)}
+    return [*sorted(end for end in ends if 0 < end < d_sae), d_sae]
 
 
 def _given(value: T | None, name: str) -> T:

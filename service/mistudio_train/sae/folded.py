@@ -16,10 +16,11 @@ from .sparse import decode_sparse, keep_largest, to_dense
 class FoldedSAE:
     """Weights that work on rows as they were extracted: every scale and pre-bias is folded into them.
 
-    Features are `relu(encoder(x))`, of which only the k largest of a row stay where `k` is given; `decoder(features)`
-    reconstructs x. Units: a feature's activation times its decoder column is its part of x, in x's own units, so where
-    columns have norm 1 (`topk`) the activation is a length in the space of x. All tensors are fp32, contiguous,
-    detached, and share no storage with each other or with the SAE they came from.
+    Features are `relu(encoder(x))`, of which only the k largest of a row stay where `k` is given, and only those above
+    their latent's threshold where `threshold` is given; `decoder(features)` reconstructs x. Units: a feature's
+    activation times its decoder column is its part of x, in x's own units, so where columns have norm 1 (in all kinds
+    but `standard`) the activation is a length in the space of x. All tensors are fp32, contiguous, detached, and share
+    no storage with each other or with the SAE they came from.
     """
 
     kind: str
@@ -33,6 +34,8 @@ class FoldedSAE:
     """[d_in]"""
     k: int | None = None
     """Latents kept a row; `None`: all that are positive."""
+    threshold: Tensor | None = None
+    """[d_sae]: a latent is kept where it is above; `None`: where it is positive."""
 
     @property
     def d_in(self) -> int:
@@ -47,6 +50,8 @@ class FoldedSAE:
     @property
     def needs(self) -> str | None:
         """What a reader must do beyond `relu(encoder(x))`, in a sentence; `None` where that is all."""
+        if self.threshold is not None:
+            return "Of relu(encoder(x)) keep the values above `threshold` and set the others to zero."
         if self.k is None:
             return None
         return f"Of relu(encoder(x)) keep the {self.k} largest values of each row and set the others to zero."
@@ -68,6 +73,7 @@ class FoldedSAE:
             encoder_bias=self.encoder_bias.to(device),
             decoder_weight=self.decoder_weight.to(device),
             decoder_bias=self.decoder_bias.to(device),
+            threshold=None if self.threshold is None else self.threshold.to(device),
         )
 
     @torch.no_grad()
@@ -99,7 +105,8 @@ class FoldedSAE:
         return decode_sparse(values_BK, indices_BK, self.decoder_weight) + self.decoder_bias
 
     def _positive(self, x_BD: Tensor) -> Tensor:
-        return functional.linear(x_BD, self.encoder_weight, self.encoder_bias).relu_()
+        acts_BF = functional.linear(x_BD, self.encoder_weight, self.encoder_bias).relu_()
+        return acts_BF if self.threshold is None else acts_BF.masked_fill_(acts_BF <= self.threshold, 0)
 
 
 def plain(weight: Tensor) -> Tensor:

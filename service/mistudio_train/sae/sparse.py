@@ -78,6 +78,12 @@ class Active:
             counts_B, output_size=len(self.latents_N)
         )
 
+    def only(self, which_N: Tensor) -> tuple["Active", Tensor]:
+        """Some of the places, as a pattern of their own, and their numbers among all."""
+        before = torch.cat([which_N.new_zeros(1, dtype=torch.int32), which_N.cumsum(0, dtype=torch.int32)])
+        numbers = which_N.nonzero().squeeze(1)
+        return Active(before[self.row_starts], self.latents_N[numbers], self.d_sae), numbers
+
     def pick(self, matrix_BF: Tensor) -> Tensor:
         """The values of a dense matrix at the places: [N]."""
         return matrix_BF.reshape(-1)[self.row_of_place * self.d_sae + self.latents_N]

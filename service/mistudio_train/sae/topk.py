@@ -1,144 +1,29 @@
-"""The TopK SAE of Gao et al. 2024 (arXiv:2406.04093) with the auxiliary loss by which dead latents learn the residual.
+"""The TopK SAE of Gao et al. 2024 (arXiv:2406.04093). Owns the choice of latents and nothing else."""
 
-Owns its equations, its scaling and its decoder's norm; which latents are dead is the trainer's to say.
-"""
-
+from dataclasses import replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
-from .base import ACTIVE_ABOVE, SparseAutoencoder, StepInput, StepOutput
-from .folded import FoldedSAE, plain
-from .sparse import Active, decode_at, encode_at, keep_largest, to_dense
+from .folded import FoldedSAE
+from .ksparse import KSparseAutoencoder
+from .sparse import Active, keep_largest, to_dense
 
 
-class TopKAutoencoder(SparseAutoencoder):
-    """The formulas, for rows x of width D, in the scaled space of z = s x in which it trains.
-
-        f   = ReLU(W_enc (z - b_dec) + b_enc)
-        h   = the k largest of each row of f, zero elsewhere
-        ẑ   = W_dec h + b_dec
-        L   = mean (ẑ - z)² + c · L_aux
-        L_aux = min(dead / k_aux, 1) · ||W_dec a - e||² / ||e||²,   e = z - ẑ held fixed,
-        a   = the k_aux = round(D / 2) largest of the dead latents of each row of f
-
-    Start: `prepare` sets b_dec to the sample's mean and s such that the encoder's input z - b_dec has mean squared norm
-    D, so that the reconstruction loss is about the fraction of variance unexplained. W_dec has columns of norm 1 at all
-    times (the gradient along a column is removed); W_enc starts as a copy of its transpose; b_enc = 0. (Both weights
-    are kept with a row a latent, so W_dec transposed.)
-    ||e||² is the residual's variance about zero, over the batch, as in the authors' code: defined for one row, too.
-    """
+class TopKAutoencoder(KSparseAutoencoder):
+    """h = ReLU of the k largest p of each row, in training and afterwards; the rest is `KSparseAutoencoder`'s."""
 
     kind: ClassVar[str] = "topk"
-    scale: Tensor
 
-    def __init__(self, d_in: int, d_sae: int, k: int, aux_k_coeff: float, generator: torch.Generator) -> None:
-        super().__init__(d_in, d_sae, generator)
-        self.k = k
-        self.k_aux = min(max(1, round(d_in / 2)), d_sae)
-        self.aux_k_coeff = aux_k_coeff
-        self.register_buffer("scale", torch.ones(()))
-        self._pre_memory: Tensor | None = None
-
-    def draw_encoder(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Directions uniform on the sphere, bias 0."""
-        weight_FD = torch.randn(self.d_sae, self.d_in, generator=generator)
-        return functional.normalize(weight_FD, dim=1), torch.zeros(self.d_sae)
-
-    @torch.no_grad()
-    def prepare(self, sample_ND: Tensor) -> None:
-        """Set s and b_dec from `sample_ND`; a sample without variance leaves s at 1."""
-        rows_ND = sample_ND.double()
-        mean_D = rows_ND.mean(0)
-        mean_square = (rows_ND - mean_D).square().mean()
-        scale = torch.where(mean_square > 0, mean_square.rsqrt(), torch.ones_like(mean_square))
-        self.scale.copy_(scale)
-        self.b_dec.copy_(mean_D * scale)
+    def choose(self, pre_BF: Tensor) -> Active:
+        """The k largest of each row."""
+        return Active.same_number(keep_largest(pre_BF, self.k)[1], self.d_sae)
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """The activations h / s, so that they and their decoder rows make up x and not z."""
-        pre_BF = functional.linear(x_BD * self.scale - self.b_dec, self.W_enc, self.b_enc)
-        return to_dense(*keep_largest(pre_BF.relu(), self.k), self.d_sae) / self.scale
-
-    def decode(self, acts_BF: Tensor) -> Tensor:
-        """The reconstruction ẑ / s."""
-        return functional.linear(acts_BF, self.W_dec.T, self.b_dec / self.scale)
-
-    def step(self, inputs: StepInput) -> StepOutput:
-        """Mean squared error of the scaled rows plus the weighted auxiliary loss; both in the scaled space."""
-        z_BD = inputs.x_BD * self.scale
-        with torch.no_grad():
-            centred_BD = z_BD - self.b_dec
-            pre_BF = self._pre(centred_BD)
-            active = Active.same_number(keep_largest(pre_BF, self.k)[1], self.d_sae)
-        values_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc).relu()
-        z_hat_BD = decode_at(active, values_N, self.W_dec) + self.b_dec
-        reconstruction_loss = functional.mse_loss(z_hat_BD, z_BD)
-        aux_loss = self.aux_k_coeff * self._aux_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
-        is_active_N = values_N.detach() > ACTIVE_ABOVE
-        return StepOutput(
-            loss=reconstruction_loss + aux_loss,
-            reconstruction_loss=reconstruction_loss,
-            sparsity_loss=aux_loss,
-            l0=is_active_N.sum() / len(z_BD),
-            active_rows_F=active.count_by_latent(is_active_N),
-        )
-
-    @torch.no_grad()
-    def before_update(self) -> None:
-        """Remove the part of the decoder's gradient along each row: the norm is fixed."""
-        slope_FD, weight_FD = self.W_dec.grad, self.W_dec
-        if slope_FD is not None:
-            slope_FD.sub_((slope_FD * weight_FD).sum(1, keepdim=True) * weight_FD)
-
-    @torch.no_grad()
-    def after_update(self) -> None:
-        """Bring the decoder's rows back to norm 1."""
-        self.W_dec.copy_(functional.normalize(self.W_dec, dim=1))
+        acts_BF = self.pre_activations(x_BD).relu()
+        return to_dense(*keep_largest(acts_BF, self.k), self.d_sae) / self.scale
 
     def folded(self) -> FoldedSAE:
-        """Only the biases change, since ReLU and the choice of the largest do not mind a positive factor.
-
-        h / s = topk(ReLU(W_enc x + (b_enc - W_enc b_dec) / s)) and x̂ = W_dec (h / s) + b_dec / s.
-        """
-        scale, weight_FD = self.scale.double(), self.W_enc.detach().double()
-        bias_D = self.b_dec.detach().double()
-        return FoldedSAE(
-            kind=self.kind,
-            encoder_weight=plain(self.W_enc),
-            encoder_bias=plain((self.b_enc.detach().double() - weight_FD @ bias_D) / scale),
-            decoder_weight=plain(self.W_dec.T),
-            decoder_bias=plain(bias_D / scale),
-            k=self.k,
-        )
-
-    def _pre(self, centred_BD: Tensor) -> Tensor:
-        """W_enc (z - b_dec) + b_enc in the same memory at every step: fresh memory of this size costs a fifth more."""
-        rows = len(centred_BD)
-        if self._pre_memory is None or self._pre_memory.shape[0] < rows or self._pre_memory.dtype != centred_BD.dtype:
-            self._pre_memory = centred_BD.new_empty(rows, self.d_sae)
-        return torch.addmm(self.b_enc, centred_BD, self.W_enc.T, out=self._pre_memory[:rows])
-
-    def _aux_loss(self, pre_BF: Tensor, centred_BD: Tensor, residual_BD: Tensor, dead_F: Tensor | None) -> Tensor:
-        """L_aux; its gradient reaches the decoder and, through the values, the encoder."""
-        if dead_F is None or self.aux_k_coeff == 0:
-            return residual_BD.new_zeros(())
-        # Reading a flag would make a GPU wait; on a CPU it is free and spares the whole loss, which would be zero.
-        if not residual_BD.is_cuda and not bool(dead_F.any()):
-            return residual_BD.new_zeros(())
-        with torch.no_grad():
-            active = Active.same_number(self._largest_dead(pre_BF, dead_F), self.d_sae)
-            is_dead_N = dead_F[active.latents_N]
-        values_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc).relu() * is_dead_N
-        error = (decode_at(active, values_N, self.W_dec) - residual_BD).square().sum()
-        energy = residual_BD.square().sum().clamp_min(torch.finfo(residual_BD.dtype).tiny)
-        return (dead_F.sum() / self.k_aux).clamp_max(1) * error / energy
-
-    def _largest_dead(self, pre_BF: Tensor, dead_F: Tensor) -> Tensor:
-        """At most k_aux latents a row, [B, K]; where a GPU would have to wait for their number, some are not dead."""
-        if pre_BF.is_cuda:
-            return keep_largest(pre_BF.masked_fill(~dead_F, -torch.inf), self.k_aux)[1]
-        dead_latents = dead_F.nonzero().squeeze(1)
-        return dead_latents[keep_largest(pre_BF[:, dead_latents], min(self.k_aux, len(dead_latents)))[1]]
+        """With the number of latents that stay."""
+        return replace(super().folded(), k=self.k)

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mistudio_schemas import StandardSAE, TopKSAE
+from mistudio_schemas import SAEConfig
 from mistudio_train.messages import LeftEarly
 from mistudio_train.sae.build import build_sae, recipe_for
 from mistudio_train.sae.figures import EpochFigures, StepFigures
@@ -93,7 +93,7 @@ class NothingTrained(Exception):
 
 
 def fit(
-    config: StandardSAE | TopKSAE,
+    config: SAEConfig,
     rows: Rows,
     *,
     mean_pooled: bool,

@@ -52,6 +52,7 @@ def write_model_file(
 
     """
     weights = sae.state_dict()
+    tensors = weights if sae.threshold is None else weights | {"threshold": sae.threshold}
     content: dict[str, object] = {
         "config": dict(config),
         "training_stats": dict(training_stats),
@@ -68,11 +69,15 @@ def write_model_file(
     require(training_stats, STATS, "training_stats")
     require(memory_optimizations, MEMORY_OPTIMIZATIONS, "memory_optimizations")
     refuse_unless_plain(content, path.name)
-    refuse_unless_own(weights, "model_state_dict")
-    matrices = {name: Matrix(str(key), tuple(weight.shape)) for key, (name, weight) in enumerate(weights.items())}
-    size = 4 * sum(weight.numel() for weight in weights.values())
-    whole_content = {"model_state_dict": matrices, **content}
+    refuse_unless_own(tensors, "model_state_dict")
+    places = {name: Matrix(str(key), tuple(tensor.shape)) for key, (name, tensor) in enumerate(tensors.items())}
+    size = 4 * sum(tensor.numel() for tensor in tensors.values())
+    whole_content = {
+        "model_state_dict": {name: places[name] for name in weights},
+        **content,
+        "threshold": places.get("threshold"),
+    }
     with whole(path, size) as partial, torch_archive(partial, whole_content) as archive:
-        for name, weight in weights.items():
-            with archive.open(f"data/{matrices[name].key}") as record:
-                write_tensor(record, weight)
+        for name, tensor in tensors.items():
+            with archive.open(f"data/{places[name].key}") as record:
+                write_tensor(record, tensor)

@@ -16,7 +16,7 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-from mistudio_schemas import StandardSAE, TopKSAE, TrainRequested
+from mistudio_schemas import SAEConfig, TrainRequested
 from mistudio_train import __version__
 from mistudio_train.errors import MemoryExhausted
 from mistudio_train.messages import Finished, Lease, LeftEarly
@@ -43,8 +43,6 @@ EXTRACTING: Final = (0.05, 0.4)
 TRAINING: Final = (0.4, 1.0)
 FITTING: Final = 0.8
 """Of an SAE's share, training; the rest is evaluation and files."""
-
-Config = StandardSAE | TopKSAE
 
 
 def carry_out(job: Accepted, reporter: Reporter) -> Finished:
@@ -223,7 +221,7 @@ def _train_all(
     return written, len(written) < len(configs) or any(one.result.stop_reason == "stopped" for one in written)
 
 
-def _steps(config: Config, store: ActivationStore, context: Context) -> int:
+def _steps(config: SAEConfig, store: ActivationStore, context: Context) -> int:
     return recipe_for(config, rows=store.rows, mean_pooled=context.mean_pooled).total_steps(store.rows)
 
 

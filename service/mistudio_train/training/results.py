@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mistudio_schemas import CorpusInfo, ModelInfo, SAEResult, StandardSAE, TopKSAE
+from mistudio_schemas import CorpusInfo, ModelInfo, SAEConfig, SAEResult
 from mistudio_train import __version__
 from mistudio_train.messages import JobSpec
 
@@ -25,8 +25,6 @@ from .model_file import write_model_file
 from .reporter import Reporter
 from .saelens import Origin, write_saelens
 from .texts import Texts
-
-Config = StandardSAE | TopKSAE
 
 DECISIONS = {
     "final_weights": "the weights after the last epoch; final_loss is that epoch's mean loss",
@@ -65,7 +63,7 @@ class Written:
 
 def write_result(
     context: Context,
-    config: Config,
+    config: SAEConfig,
     fitted: Fitted,
     rows: OrderedRows,
     origin: Origin,
@@ -135,7 +133,9 @@ def _write_bundle(context: Context, fitted: Fitted, evaluation: Evaluation, fold
     return bundle
 
 
-def _warn_of_truncation(reporter: Reporter, config: Config, bundle: BundleInfo, features: FeaturesInfo | None) -> None:
+def _warn_of_truncation(
+    reporter: Reporter, config: SAEConfig, bundle: BundleInfo, features: FeaturesInfo | None
+) -> None:
     if bundle.truncated:
         reporter.warn(
             f"{config.name}: feature_activations.pt holds the first {bundle.rows} of {bundle.total_rows} texts, all "
@@ -160,7 +160,7 @@ def _write_features(context: Context, evaluation: Evaluation, folder: Path, orig
     )
 
 
-def _write_model(context: Context, config: Config, fitted: Fitted, folder: Path, origin: Origin) -> None:
+def _write_model(context: Context, config: SAEConfig, fitted: Fitted, folder: Path, origin: Origin) -> None:
     settings = _settings(config, fitted)
     asked = context.spec.request.model_dump(mode="json", exclude={"huggingface_token", "sae", "saes"})
     write_model_file(
@@ -177,7 +177,7 @@ def _write_model(context: Context, config: Config, fitted: Fitted, folder: Path,
 
 def _described(
     context: Context,
-    config: Config,
+    config: SAEConfig,
     fitted: Fitted,
     result: SAEResult,
     statistics: dict[str, Any],
@@ -211,7 +211,7 @@ def _info(context: Context, layer: int) -> ModelInfo:
 
 
 def _result(
-    context: Context, config: Config, fitted: Fitted, evaluation: Evaluation, origin: Origin, place: str
+    context: Context, config: SAEConfig, fitted: Fitted, evaluation: Evaluation, origin: Origin, place: str
 ) -> SAEResult:
     return SAEResult(
         name=config.name or config.kind,
@@ -228,7 +228,7 @@ def _result(
     )
 
 
-def _settings(config: Config, fitted: Fitted) -> dict[str, Any]:
+def _settings(config: SAEConfig, fitted: Fitted) -> dict[str, Any]:
     """As requested, and over it as used."""
     return {"sparsity_coeff": None} | config.model_dump(mode="json") | asdict(fitted.recipe)
 

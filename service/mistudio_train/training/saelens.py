@@ -17,7 +17,7 @@ from .files import refuse_non_finite, refused, whole, write_json
 
 SAE_LENS_VERSION: Final = "6.54.12"
 """Whose format this is; without it SAELens takes a folder for one of its older formats."""
-ARCHITECTURES: Final = ("standard", "topk")
+ARCHITECTURES: Final = ("standard", "topk", "jumprelu")
 NEVER_FIRES: Final = 1e-10
 """Added to firing rates before their logarithm, as SAELens does."""
 
@@ -65,7 +65,7 @@ def write_saelens(folder: Path, sae: FoldedSAE, origin: Origin, firing_rate_F: T
         DiskFull: if the disk has no room.
 
     """
-    if sae.kind not in ARCHITECTURES:
+    if _architecture(sae) not in ARCHITECTURES:
         raise refused(f"SAELens has no architecture for the kind {sae.kind!r}")
     if firing_rate_F.shape != (sae.d_sae,):
         raise refused(f"there are firing rates of shape {list(firing_rate_F.shape)} for {sae.d_sae} features")
@@ -75,6 +75,8 @@ def write_saelens(folder: Path, sae: FoldedSAE, origin: Origin, firing_rate_F: T
         "W_dec": sae.decoder_weight.T,
         "b_dec": sae.decoder_bias,
     }
+    if sae.threshold is not None:
+        weights["threshold"] = sae.threshold
     sparsity_F = torch.log10(firing_rate_F.to(torch.float32) + NEVER_FIRES)
     _write_tensors(folder / "sae_weights.safetensors", weights)
     _write_tensors(folder / "sparsity.safetensors", {"sparsity": sparsity_F})
@@ -89,10 +91,15 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(plain, partial)
 
 
+def _architecture(sae: FoldedSAE) -> str:
+    """Whatever an SAE with a threshold was trained as, it is a JumpReLU SAE now."""
+    return "jumprelu" if sae.threshold is not None else sae.kind
+
+
 def _cfg(sae: FoldedSAE, origin: Origin) -> dict[str, object]:
     """`apply_b_dec_to_input` and every scaling are off: they are folded into the weights."""
     cfg: dict[str, object] = {
-        "architecture": sae.kind,
+        "architecture": _architecture(sae),
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": "float32",

@@ -1,0 +1,209 @@
+"""How long a training step takes, ours and SAELens' trainer, beside the floor of a dense SAE on this machine.
+
+The floor is 12·B·d·m floating-point operations (forward 4, backward 8) at the rate of the encoder's matrix product,
+which is measured between the steps, as everything here is in turns. A trainer's share is the floor's time by its own;
+steps that touch only active entries may go beyond 1.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.machine import machine
+from mistudio_schemas import BatchTopKSAE, MatryoshkaSAE, SAEConfig, StandardSAE, TopKSAE
+from mistudio_train.sae.build import build_sae
+from mistudio_train.sae.recipe import Recipe
+from mistudio_train.sae.trainer import Trainer
+
+RESULTS: Final = Path(__file__).parent / "results" / "step.json"
+BATCHES: Final = 8
+"""In memory, taken in turns."""
+WARM_UP: Final = 3
+STEPS: Final = 4
+"""That one measurement lasts."""
+SHARES: Final = [1 / 32, 1 / 16, 1 / 8, 1 / 4]
+Step = Callable[[Tensor], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind and its shape."""
+
+    kind: str
+    d: int
+    m: int
+    batch: int
+    k: int
+    dead: float = 0.0
+    """Share of the latents that count as dead, so that the auxiliary loss has work."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Medians, in milliseconds a step."""
+
+    case: Case
+    floor: float
+    ours: float
+    saelens: float | None
+
+    @property
+    def share(self) -> float:
+        """Ours, of the dense floor."""
+        return self.floor / self.ours
+
+
+def config_of(case: Case) -> SAEConfig:
+    """Ours."""
+    shape: dict[str, Any] = {"hidden_dim": case.m, "seed": 0}
+    match case.kind:
+        case "topk":
+            return TopKSAE(**shape, k=case.k)
+        case "batchtopk":
+            return BatchTopKSAE(**shape, k=case.k)
+        case "matryoshka":
+            return MatryoshkaSAE(**shape, k=case.k, group_shares=SHARES)
+        case _:
+            return StandardSAE(**shape, sparsity_coeff=1e-3)
+
+
+def our_step(case: Case, rows: list[Tensor]) -> Step:
+    """A step of our trainer."""
+    recipe = Recipe(1e-3, case.batch, max_epochs=10_000, dead_after_rows=1000 * case.batch, grad_clip=1.0)
+    sae = build_sae(config_of(case), case.d)
+    trainer = Trainer(sae, recipe, rows=BATCHES * case.batch, device="cpu", seed=0)
+    trainer.prepare(rows[0])
+    dead = int(case.dead * case.m)
+    with torch.no_grad():
+        sae.b_enc[:dead] = -100.0
+    trainer._rows_since_active_F[:dead] = recipe.dead_after_rows
+    trainer.epoch = 1000  # long enough for latents to be dead
+    return trainer.step
+
+
+def saelens_step(case: Case) -> Step:
+    """A step of SAELens' trainer with its own defaults."""
+    from sae_lens import config, saes
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    shape: dict[str, Any] = {"d_in": case.d, "d_sae": case.m}
+    widths = [round(case.m * sum(SHARES[:n])) for n in range(1, len(SHARES) + 1)] + [case.m]
+    made: dict[str, Callable[[], Any]] = {
+        "standard": lambda: saes.StandardTrainingSAE(saes.StandardTrainingSAEConfig(**shape)),
+        "topk": lambda: saes.TopKTrainingSAE(saes.TopKTrainingSAEConfig(**shape, k=case.k)),
+        "batchtopk": lambda: saes.BatchTopKTrainingSAE(saes.BatchTopKTrainingSAEConfig(**shape, k=case.k)),
+        "matryoshka": lambda: saes.MatryoshkaBatchTopKTrainingSAE(
+            saes.MatryoshkaBatchTopKTrainingSAEConfig(**shape, k=case.k, matryoshka_widths=widths)
+        ),
+    }
+    cfg = config.SAETrainerConfig(total_training_samples=10**12, train_batch_size_samples=case.batch)
+    trainer: Any = SAETrainer(cfg, made[case.kind](), iter(()))
+    dead = int(case.dead * case.m)
+    with torch.no_grad():
+        trainer.sae.b_enc[:dead] = -100.0
+    trainer.n_forward_passes_since_fired[:dead] = 10**6
+    step: Step = trainer.step
+    return step
+
+
+def product(case: Case, rows: list[Tensor]) -> Step:
+    """The encoder's matrix product, into memory that is there."""
+    weight, out = torch.randn(case.m, case.d), torch.empty(case.batch, case.m)
+    return lambda x: torch.mm(x, weight.T, out=out)
+
+
+def measure(case: Case, runs: int, *, peer: bool) -> Measured:
+    """All in turns, `runs` times."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randn(case.batch, case.d, generator=generator) for _ in range(BATCHES)]
+    steps = {"floor": product(case, rows), "ours": our_step(case, rows)}
+    if peer:
+        steps["saelens"] = saelens_step(case)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for run in range(runs + 1):
+        for name, step in steps.items():
+            taken = _time(step, rows, WARM_UP if run == 0 else STEPS)
+            if run:
+                times[name].append(taken)
+    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    return Measured(case, 6 * medians["floor"], medians["ours"], medians.get("saelens"))
+
+
+def _time(step: Step, rows: list[Tensor], count: int) -> float:
+    began = time.perf_counter()
+    for number in range(count):
+        step(rows[number % BATCHES])
+    return 1000 * (time.perf_counter() - began) / count
+
+
+def cases(widths: list[int], kinds: list[str], d: int, batch: int, k: int) -> Iterator[Case]:
+    """Every kind at every width, and the auxiliary loss at work at the first."""
+    for m in widths:
+        for kind in kinds:
+            yield Case(kind, d, m, batch, k)
+    for kind in kinds:
+        if kind != "standard":
+            yield Case(kind, d, widths[0], batch, k, dead=0.3)
+
+
+def show(measured: list[Measured], console: Console) -> None:
+    """The table that the documentation quotes."""
+    columns = "kind", "m", "dead", "floor", "ours", "SAELens", "ours / floor", "SAELens / floor", "times as fast"
+    table = Table(*columns, title="milliseconds a step; rates as shares of the dense floor")
+    for one in measured:
+        case, peer = one.case, one.saelens
+        table.add_row(
+            case.kind,
+            f"{case.m:,}",
+            f"{case.dead:.0%}",
+            f"{one.floor:.0f}",
+            f"{one.ours:.0f}",
+            "" if peer is None else f"{peer:.0f}",
+            f"{one.share:.2f}",
+            "" if peer is None else f"{one.floor / peer:.2f}",
+            "" if peer is None else f"{peer / one.ours:.1f}",
+        )
+    console.print(table)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and show; 0 always, for a figure of time is no test."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", default=["topk", "batchtopk", "matryoshka", "standard"])
+    parser.add_argument("--widths", nargs="+", type=int, default=[4096, 16384], help="numbers of latents")
+    parser.add_argument("--d", type=int, default=384, help="width of a row")
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--k", type=int, default=32)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--no-peer", action="store_true", help="without SAELens")
+    parser.add_argument("--to", type=Path, default=RESULTS, help="JSON file of the figures")
+    options = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")  # SAELens' libraries'
+    console = Console(width=126, highlight=False)
+    measured: list[Measured] = []
+    for case in cases(options.widths, options.kinds, options.d, options.batch, options.k):
+        measured.append(measure(case, options.runs, peer=not options.no_peer))
+        console.print(f"{case.kind}, m {case.m:,}, {case.dead:.0%} dead: {measured[-1].share:.2f} of the floor")
+    show(measured, console)
+    about = f"d {options.d}, B {options.batch}, k {options.k}, fp32, {torch.get_num_threads()} threads. {machine()}"
+    console.print(f"{about}, torch {torch.__version__}")
+    figures = {"about": about, "torch": torch.__version__, "steps": [asdict(one) for one in measured]}
+    options.to.parent.mkdir(parents=True, exist_ok=True)
+    options.to.write_text(json.dumps(figures, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The BatchTopK SAE of Bussmann et al. 2024 (arXiv:2412.06410). Owns the choice of latents and the threshold."""
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .folded import FoldedSAE
+from .ksparse import KSparseAutoencoder
+from .largest import LargestOfBatch
+from .sparse import Active
+
+
+class BatchTopKAutoencoder(KSparseAutoencoder):
+    """In training, the B·k largest positive p of a batch of B rows; afterwards, those above a threshold θ.
+
+        h = ReLU(p) · [p > θ]
+        θ ← θ + r (t - θ) after each step, where t is the smallest p that it kept; at the first, θ = t
+
+    so that a row may have more latents than another, k in the mean; the rest is `KSparseAutoencoder`'s. A finished one
+    is a JumpReLU SAE with the same threshold for all latents.
+    """
+
+    kind: ClassVar[str] = "batchtopk"
+    threshold: Tensor
+
+    def __init__(
+        self, d_in: int, d_sae: int, k: int, aux_k_coeff: float, threshold_rate: float, generator: torch.Generator
+    ) -> None:
+        super().__init__(d_in, d_sae, k, aux_k_coeff, generator)
+        self.threshold_rate = threshold_rate
+        self.register_buffer("threshold", torch.full((), torch.nan))
+        self._largest = LargestOfBatch()
+
+    def choose(self, pre_BF: Tensor) -> Active:
+        """The B·k largest of the batch that are positive; moves the threshold."""
+        active, smallest = self._largest.choose(pre_BF, self.k * len(pre_BF))
+        moved = self.threshold + self.threshold_rate * (smallest - self.threshold)
+        self.threshold.copy_(torch.where(self.threshold.isnan(), smallest, moved))
+        return active
+
+    def encode(self, x_BD: Tensor) -> Tensor:
+        """The activations h / s, so that they and their decoder rows make up x and not z."""
+        pre_BF = self.pre_activations(x_BD)
+        return torch.where(pre_BF > self._finite_threshold, pre_BF.relu(), 0) / self.scale
+
+    def folded(self) -> FoldedSAE:
+        """With the threshold θ / s."""
+        threshold = (self._finite_threshold.double() / self.scale.double()).float()
+        return replace(super().folded(), threshold=threshold.expand(self.d_sae).clone())
+
+    @property
+    def _finite_threshold(self) -> Tensor:
+        """Zero before the first step."""
+        return self.threshold.nan_to_num(0.0)

@@ -1,0 +1,48 @@
+"""The Matryoshka BatchTopK SAE of Bussmann et al. 2025 (arXiv:2503.17547). Owns its nested losses."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .batchtopk import BatchTopKAutoencoder
+from .sparse import Active, decode_at
+
+
+class MatryoshkaAutoencoder(BatchTopKAutoencoder):
+    """Reconstructs from its first latents alone, too, so that these stay general while later ones specialise.
+
+        L = 1/G Σ_g mean (ẑ_g - z)² + c · L_aux,   ẑ_g = Σ_{f < m_g} h_f W_dec,f + b_dec
+
+    for the G prefixes of m_1 < … < m_G = d_sae latents; the rest is `BatchTopKAutoencoder`'s, L_aux's residual that of
+    the whole ẑ_G. (The authors sum over prefixes; the mean leaves c as it is.)
+    """
+
+    kind: ClassVar[str] = "matryoshka"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        k: int,
+        aux_k_coeff: float,
+        threshold_rate: float,
+        prefixes: Sequence[int],
+        generator: torch.Generator,
+    ) -> None:
+        """`prefixes`: m_1 … m_G, ascending, the last one `d_sae`."""
+        super().__init__(d_in, d_sae, k, aux_k_coeff, threshold_rate, generator)
+        self.prefixes = tuple(prefixes)
+
+    def reconstruction_loss(self, active: Active, values_N: Tensor, z_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean over prefixes, and the whole reconstruction."""
+        z_hat_BD: Tensor = self.b_dec.expand_as(z_BD)
+        losses, begin = [], 0
+        for end in self.prefixes:
+            group, places = active.only((active.latents_N >= begin) & (active.latents_N < end))
+            z_hat_BD = z_hat_BD + decode_at(group, values_N[places], self.W_dec)
+            losses.append(functional.mse_loss(z_hat_BD, z_BD))
+            begin = end
+        return torch.stack(losses).mean(), z_hat_BD

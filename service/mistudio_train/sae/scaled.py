@@ -1,0 +1,92 @@
+"""What the kinds share that train in a scaled space: the scale and its folding, a decoder of norm 1, the encoder.
+
+Owns scale, centre and the decoder's norm; which latents are active, and what is minimised, is the kinds'.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .base import SparseAutoencoder
+from .folded import FoldedSAE, plain
+
+
+class ScaledAutoencoder(SparseAutoencoder):
+    """Trains on z = s x, for rows x of width D, with p = W_enc (z - b_dec) + b_enc before any choice of latents.
+
+    Start: `prepare` sets b_dec to the sample's mean and s such that the encoder's input z - b_dec has mean squared norm
+    D, so that a mean squared error is about the fraction of variance unexplained. W_dec has rows of norm 1 at all times
+    (the gradient along a row is removed); W_enc starts as a copy of it, and b_enc = 0.
+    """
+
+    scale: Tensor
+
+    def __init__(self, d_in: int, d_sae: int, generator: torch.Generator) -> None:
+        super().__init__(d_in, d_sae, generator)
+        self.register_buffer("scale", torch.ones(()))
+        self._pre_memory: Tensor | None = None
+
+    def draw_encoder(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Directions uniform on the sphere, bias 0."""
+        weight_FD = torch.randn(self.d_sae, self.d_in, generator=generator)
+        return functional.normalize(weight_FD, dim=1), torch.zeros(self.d_sae)
+
+    @torch.no_grad()
+    def prepare(self, sample_ND: Tensor) -> None:
+        """Set s and b_dec from `sample_ND`; a sample without variance leaves s at 1."""
+        rows_ND = sample_ND.double()
+        mean_D = rows_ND.mean(0)
+        mean_square = (rows_ND - mean_D).square().mean()
+        scale = torch.where(mean_square > 0, mean_square.rsqrt(), torch.ones_like(mean_square))
+        self.scale.copy_(scale)
+        self.b_dec.copy_(mean_D * scale)
+
+    def decode(self, acts_BF: Tensor) -> Tensor:
+        """Of activations that make up x and not z."""
+        return functional.linear(acts_BF, self.W_dec.T, self.b_dec / self.scale)
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Remove the part of the decoder's gradient along each row: the norm is fixed."""
+        slope_FD, weight_FD = self.W_dec.grad, self.W_dec
+        if slope_FD is not None:
+            slope_FD.sub_((slope_FD * weight_FD).sum(1, keepdim=True) * weight_FD)
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Bring the decoder's rows back to norm 1."""
+        self.W_dec.copy_(functional.normalize(self.W_dec, dim=1))
+
+    def folded(self) -> FoldedSAE:
+        """Only the biases change, since ReLU and the choice of the largest do not mind a positive factor.
+
+        p / s = W_enc x + (b_enc - W_enc b_dec) / s, and x̂ = W_decᵀ (h / s) + b_dec / s for the activations h of z.
+        """
+        scale, weight_FD = self.scale.double(), self.W_enc.detach().double()
+        bias_D = self.b_dec.detach().double()
+        return FoldedSAE(
+            kind=self.kind,
+            encoder_weight=plain(self.W_enc),
+            encoder_bias=plain((self.b_enc.detach().double() - weight_FD @ bias_D) / scale),
+            decoder_weight=plain(self.W_dec.T),
+            decoder_bias=plain(bias_D / scale),
+        )
+
+    def pre_activations(self, x_BD: Tensor) -> Tensor:
+        """The p of rows as extracted."""
+        return functional.linear(x_BD * self.scale - self.b_dec, self.W_enc, self.b_enc)
+
+    def _pre(self, centred_BD: Tensor) -> Tensor:
+        """The p of z - b_dec, in the same memory at every step: fresh memory of this size costs a fifth more."""
+        rows, memory = len(centred_BD), self._pre_memory
+        if (
+            memory is None
+            or len(memory) < rows
+            or (memory.dtype, memory.device)
+            != (
+                centred_BD.dtype,
+                centred_BD.device,
+            )
+        ):
+            memory = self._pre_memory = centred_BD.new_empty(rows, self.d_sae)
+        return torch.addmm(self.b_enc, centred_BD, self.W_enc.T, out=memory[:rows])
