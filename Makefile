@@ -22,7 +22,7 @@ CREATE = "$(PYTHON)" -m venv $(VENV)
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
-.PHONY: help demo test test-containers test-chaos chaos chaos-points bench-queue bench-long-job bench-fuzz bench-outages check stack stack-down up down schemas
+.PHONY: help demo test test-containers test-chaos chaos chaos-points bench-queue bench-long-job bench-fuzz bench-outages bench-step check stack stack-down up down schemas
 
 help: ## What there is
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -76,6 +76,9 @@ bench-queue: $(DEV) ## Run benchmarks/job_queue.py (as queue.py it would hide th
 
 bench-long-job: $(DEV) ## Run benchmarks/long_job.py; MINUTES=10 that the job takes
 	$(BIN)/python -m benchmarks.long_job --minutes $(or $(MINUTES),10)
+
+bench-step: $(DEV) ## Run benchmarks/step.py: a training step, ours and SAELens', beside the dense floor
+	$(BIN)/python -m benchmarks.step
 
 bench-fuzz: $(DEV) ## Run benchmarks/fuzz.py; MESSAGES=2000 that are sent
 	$(BIN)/python -m benchmarks.fuzz --messages $(or $(MESSAGES),2000)

@@ -108,7 +108,7 @@ def saelens_step(case: Case) -> Step:
             saes.MatryoshkaBatchTopKTrainingSAEConfig(**shape, k=case.k, matryoshka_widths=widths)
         ),
     }
-    cfg = config.SAETrainerConfig(total_training_samples=10**12, train_batch_size_samples=case.batch)
+    cfg = config.SAETrainerConfig(10**12, case.batch, lr_end=3e-5)
     trainer: Any = SAETrainer(cfg, made[case.kind](), iter(()))
     dead = int(case.dead * case.m)
     with torch.no_grad():
