@@ -58,7 +58,7 @@ def mixture(folder: Path, size: Size) -> dict[str, dict[str, Any]]:
         "token-standard": request("token", sae=standard, batch_size=64, seed=4),
         "two": request(
             "token",
-            saes=[topk | {"name": "first"}, standard | {"name": "second", "layer_number": 0}],
+            saes=[topk | {"kind": "batchtopk", "name": "first"}, standard | {"name": "second", "layer_number": 0}],
             max_epochs=max(1, size.token_epochs // 2),
             seed=5,
         ),

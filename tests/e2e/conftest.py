@@ -82,9 +82,9 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
     }
     topk = {"kind": "topk", "k": 8, "batch_size": 256}
     saes = [
-        topk | {"name": "first"},
+        topk | {"kind": "batchtopk", "name": "first"},
         {"kind": "standard", "name": "second", "layer_number": 2},
-        topk | {"name": "third", "layer_number": 4, "hidden_dim": 128},
+        topk | {"kind": "matryoshka", "name": "third", "layer_number": 4, "hidden_dim": 128},
     ]
     return {
         "decoder-mean-standard": base | {"model_name": decoder},

@@ -97,9 +97,9 @@ async def test_three_saes_at_two_layers_share_one_extraction(world: World) -> No
     outcome = world.outcomes["three-saes"]
     done = outcome.completed
     assert [(one.name, one.kind, one.layer_number) for one in done.saes] == [
-        ("first", "topk", 2),
+        ("first", "batchtopk", 2),
         ("second", "standard", 2),
-        ("third", "topk", 4),
+        ("third", "matryoshka", 4),
     ]
     names = {ref.name for ref in done.artifacts}
     for place in ("", "saes/second/", "saes/third/"):
@@ -111,6 +111,20 @@ async def test_three_saes_at_two_layers_share_one_extraction(world: World) -> No
     third = loaded(world, "three-saes", "saes/third/feature_activations.pt")
     assert first["texts"] == third["texts"]
     assert not torch.equal(first["original_activations"], third["original_activations"])
+
+
+async def test_metadata_says_which_folders_for_other_software_are_there(world: World) -> None:
+    def exports(job: str) -> tuple[set[str], dict[str, str]]:
+        files = {ref.name: ref for ref in world.outcomes[job].completed.artifacts}
+        folders = {name.partition("/")[0] for name in files if "/" in name}
+        return folders, json.loads(world.file(files["metadata.json"]))["exports"]
+
+    folders, said = exports("decoder-token-topk")
+    assert folders >= {"sae", "sparsify"}
+    assert said == {"sae": "SAELens", "sparsify": "EleutherAI sparsify"}
+    folders, said = exports("three-saes")
+    assert "sparsify" not in folders
+    assert "'batchtopk' keeps others" in said["sparsify"]
 
 
 async def test_the_default_layer_becomes_the_last_of_a_shallow_model_with_a_warning(world: World) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mistudio_train.errors import DiskFull, ExportRefused
@@ -54,6 +55,21 @@ def whole(path: Path, size: int = 0) -> Iterator[Path]:
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file of fp32 tensors.
+
+    Raises:
+        ExportRefused: if a number is not finite.
+        DiskFull: if the disk has no room.
+
+    """
+    plain = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
+    for name, tensor in plain.items():
+        refuse_non_finite(tensor, f"{path.name}.{name}")
+    with whole(path, 4 * sum(tensor.numel() for tensor in plain.values())) as partial:
+        save_file(plain, partial)
 
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:

@@ -68,6 +68,8 @@ class Described:
     """Of the sparse store; `None` where there is none, as the bundle has all that it would."""
     training_results: Mapping[str, object] = field(default_factory=dict)
     """What to add to the results that `sae` holds: seconds, device, losses."""
+    exports: Mapping[str, object] = field(default_factory=dict)
+    """Folders for other software: whose, or why one is not there."""
     decisions: Mapping[str, object] = field(default_factory=dict)
     """What the request leaves open and how it was decided, by name."""
 
@@ -98,6 +100,7 @@ def metadata(job: Described) -> dict[str, object]:
             "activations_path": job.paths.activations_path,
             "metadata_path": job.paths.metadata_path,
         },
+        "exports": dict(job.exports),
         "decisions": dict(job.decisions),
         "feature_statistics": dict(job.feature_statistics),
     }

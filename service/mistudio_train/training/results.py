@@ -24,6 +24,7 @@ from .metadata import Described, Paths, metadata
 from .model_file import write_model_file
 from .reporter import Reporter
 from .saelens import Origin, write_saelens
+from .sparsify import sparsify_cannot, write_sparsify
 from .texts import Texts
 
 DECISIONS = {
@@ -107,6 +108,8 @@ def write_result(
     statistics = evaluation.statistics.result()
     rates_F = torch.tensor(statistics["feature_activation_rates"], dtype=torch.float64)
     write_saelens(folder / "sae", fitted.sae, origin, rates_F)
+    if sparsify_cannot(fitted.sae) is None:
+        write_sparsify(folder / "sparsify", fitted.sae)
     _write_model(context, config, fitted, folder, origin)
     write_json(
         folder / "metadata.json", metadata(_described(context, config, fitted, result, statistics, bundle, features))
@@ -202,6 +205,7 @@ def _described(
         memory_optimizations=context.memory_optimizations,
         paths=_paths(result.prefix),
         training_results=_training_results(fitted, context) | _seconds(fitted),
+        exports={"sae": "SAELens", "sparsify": sparsify_cannot(fitted.sae) or "EleutherAI sparsify"},
         decisions=DECISIONS | _reinitialization(fitted),
     )
 

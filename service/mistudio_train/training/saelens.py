@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mistudio_train.sae.folded import FoldedSAE
 
-from .files import refuse_non_finite, refused, whole, write_json
+from .files import refused, write_json, write_tensors
 
 SAE_LENS_VERSION: Final = "6.54.12"
 """Whose format this is; without it SAELens takes a folder for one of its older formats."""
@@ -78,17 +77,9 @@ def write_saelens(folder: Path, sae: FoldedSAE, origin: Origin, firing_rate_F: T
     if sae.threshold is not None:
         weights["threshold"] = sae.threshold
     sparsity_F = torch.log10(firing_rate_F.to(torch.float32) + NEVER_FIRES)
-    _write_tensors(folder / "sae_weights.safetensors", weights)
-    _write_tensors(folder / "sparsity.safetensors", {"sparsity": sparsity_F})
+    write_tensors(folder / "sae_weights.safetensors", weights)
+    write_tensors(folder / "sparsity.safetensors", {"sparsity": sparsity_F})
     write_json(folder / "cfg.json", _cfg(sae, origin))
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    plain = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in tensors.items()}
-    for name, tensor in plain.items():
-        refuse_non_finite(tensor, f"{path.name}.{name}")
-    with whole(path, 4 * sum(tensor.numel() for tensor in plain.values())) as partial:
-        save_file(plain, partial)
 
 
 def _architecture(sae: FoldedSAE) -> str:
