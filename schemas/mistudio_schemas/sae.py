@@ -52,11 +52,9 @@ class StandardSAE(SAEFields):
     """Epochs between re-initialisations of dead latents, none in the last ten epochs; 0: never."""
 
 
-class KSparseFields(SAEFields):
-    """What the kinds have that keep a number of latents."""
+class ScheduledFields(SAEFields):
+    """What all kinds but `standard` have: a schedule, and the loss that revives dead latents."""
 
-    k: int = Field(32, ge=1)
-    """Latents kept a row; of `batchtopk` and `matryoshka`, in the mean over rows."""
     learning_rate: float | None = Field(None, gt=0, le=1.0)
     """Adam's peak step size; `null`: 2e-4 / sqrt(hidden_dim / 16384)."""
     batch_size: int = Field(1024, ge=1, le=65536)
@@ -69,6 +67,13 @@ class KSparseFields(SAEFields):
     """Weight of the loss by which dead latents learn the residual; 0: off."""
     dead_after: float = Field(0.1, gt=0, le=1)
     """A latent is dead after this share of the run's rows, or ten million rows if fewer, without being active."""
+
+
+class KSparseFields(ScheduledFields):
+    """What the kinds have that keep a number of latents."""
+
+    k: int = Field(32, ge=1)
+    """Latents kept a row; of `batchtopk` and `matryoshka`, in the mean over rows."""
 
 
 class TopKSAE(KSparseFields):
@@ -110,5 +115,33 @@ class MatryoshkaSAE(KSparseFields):
         return value
 
 
-SAEConfig = Annotated[StandardSAE | TopKSAE | BatchTopKSAE | MatryoshkaSAE, Field(discriminator="kind")]
-KINDS: tuple[str, ...] = ("standard", "topk", "batchtopk", "matryoshka")
+class JumpReLUSAE(ScheduledFields):
+    """A threshold of its own for every latent, learned (Rajamanoharan et al. 2024, arXiv:2407.14435)."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    target_l0: float | None = Field(32.0, gt=0)
+    """Active latents a row that the quadratic penalty aims at; `null`: the tanh penalty, which aims at no number."""
+    sparsity_coeff: float = Field(1.0, gt=0)
+    """Weight of the penalty."""
+    sparsity_warmup: float = Field(0.2, ge=0, le=1)
+    """Share of the steps over which the penalty's weight rises from zero."""
+    bandwidth: float = Field(0.05, gt=0)
+    """Of the thresholds' gradients, in units of rows scaled to a mean squared norm of their width."""
+    initial_threshold: float = Field(0.01, gt=0)
+    """Of every latent, in the same units."""
+
+
+class GatedSAE(ScheduledFields):
+    """Tells apart whether a latent is active and how much (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
+
+    kind: Literal["gated"] = "gated"
+    sparsity_coeff: float = Field(1.0, gt=0)
+    """Weight of the gates' L1 penalty, summed over latents and divided by the row's width."""
+    sparsity_warmup: float = Field(0.05, ge=0, le=1)
+    """Share of the steps over which the penalty's weight rises from zero."""
+
+
+SAEConfig = Annotated[
+    StandardSAE | TopKSAE | BatchTopKSAE | MatryoshkaSAE | JumpReLUSAE | GatedSAE, Field(discriminator="kind")
+]
+KINDS: tuple[str, ...] = ("standard", "topk", "batchtopk", "matryoshka", "jumprelu", "gated")

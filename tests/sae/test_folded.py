@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mistudio_schemas import BatchTopKSAE, GatedSAE, JumpReLUSAE, SAEConfig
 from mistudio_train.sae.base import SparseAutoencoder, StepInput
-from mistudio_train.sae.batchtopk import BatchTopKAutoencoder
+from mistudio_train.sae.build import build_sae
 from mistudio_train.sae.standard import StandardAutoencoder
 from mistudio_train.sae.topk import TopKAutoencoder
 
@@ -34,19 +35,29 @@ def standard() -> SparseAutoencoder:
 
 
 def topk() -> SparseAutoencoder:
-    sae = TopKAutoencoder(D_IN, D_SAE, K, 1 / 32, torch.Generator().manual_seed(0))
+    sae = TopKAutoencoder(D_IN, D_SAE, 1 / 32, k=K, generator=torch.Generator().manual_seed(0))
     sae.prepare(rows())
     return moved(sae)
 
 
-def batchtopk() -> SparseAutoencoder:
-    sae = BatchTopKAutoencoder(D_IN, D_SAE, K, 1 / 32, 0.1, torch.Generator().manual_seed(0))
-    sae.prepare(rows())
-    sae.step(StepInput(rows(), 0, 1))
-    return moved(sae)
+def with_threshold(config: SAEConfig) -> Make:
+    def make() -> SparseAutoencoder:
+        sae = build_sae(config, D_IN)
+        sae.prepare(rows())
+        sae.step(StepInput(rows(), 0, 1))
+        return moved(sae)
+
+    return make
 
 
-@pytest.mark.parametrize("make", [standard, topk, batchtopk])
+THRESHOLDS = [
+    with_threshold(BatchTopKSAE(hidden_dim=D_SAE, seed=0, k=K)),
+    with_threshold(JumpReLUSAE(hidden_dim=D_SAE, seed=0, initial_threshold=0.5)),
+    with_threshold(GatedSAE(hidden_dim=D_SAE, seed=0)),
+]
+
+
+@pytest.mark.parametrize("make", [standard, topk, *THRESHOLDS])
 def test_features_and_reconstruction_are_those_of_the_sae(make: Make) -> None:
     sae, x = make(), rows()
     folded = sae.folded()
@@ -55,7 +66,7 @@ def test_features_and_reconstruction_are_those_of_the_sae(make: Make) -> None:
     torch.testing.assert_close(folded.decode(acts), sae.decode(acts).detach(), atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("make", [standard, topk, batchtopk])
+@pytest.mark.parametrize("make", [standard, topk, *THRESHOLDS])
 def test_two_plain_layers_are_enough_but_for_what_needs_says(make: Make) -> None:
     folded, x = make().folded(), rows()
     plain = nn.ModuleDict({"encoder": nn.Linear(D_IN, D_SAE), "decoder": nn.Linear(D_SAE, D_IN)})
@@ -77,7 +88,7 @@ def test_two_plain_layers_are_enough_but_for_what_needs_says(make: Make) -> None
         assert torch.equal(folded.decode(acts), plain["decoder"](acts))
 
 
-@pytest.mark.parametrize("make", [standard, topk, batchtopk])
+@pytest.mark.parametrize("make", [standard, topk, *THRESHOLDS])
 def test_sparse_and_dense_agree(make: Make) -> None:
     folded, x = make().folded(), rows()
     values, indices = folded.encode_sparse(x)
@@ -101,7 +112,7 @@ def test_a_topk_activation_is_a_length_in_the_space_of_the_rows() -> None:
     torch.testing.assert_close(parts, acts @ folded.decoder_weight.T, atol=1e-3, rtol=1e-5)
 
 
-@pytest.mark.parametrize("make", [standard, topk, batchtopk])
+@pytest.mark.parametrize("make", [standard, topk, *THRESHOLDS])
 def test_weights_are_plain_copies(make: Make) -> None:
     sae = make()
     folded = sae.folded()
@@ -115,5 +126,5 @@ def test_weights_are_plain_copies(make: Make) -> None:
     assert all(weight.dtype == torch.float32 and weight.is_contiguous() for weight in weights.values())
     assert not any(weight.requires_grad for weight in weights.values())
     pointers = {weight.data_ptr() for weight in weights.values()} | {p.data_ptr() for p in sae.parameters()}
-    assert len(pointers) == 8
+    assert len(pointers) == len(weights) + len(list(sae.parameters()))
     assert folded.to("cpu").needs == folded.needs

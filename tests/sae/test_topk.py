@@ -14,7 +14,7 @@ from mistudio_train.sae.trainer import Trainer
 
 
 def topk(d_in: int = 8, d_sae: int = 24, k: int = 3, aux_k_coeff: float = 1 / 32) -> TopKAutoencoder:
-    return TopKAutoencoder(d_in, d_sae, k, aux_k_coeff, torch.Generator().manual_seed(5))
+    return TopKAutoencoder(d_in, d_sae, aux_k_coeff, k=k, generator=torch.Generator().manual_seed(5))
 
 
 def rows_of(count: int, d_in: int, seed: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistudio_schemas import BatchTopKSAE, MatryoshkaSAE, SAEConfig, StandardSAE, TopKSAE
+from mistudio_schemas import BatchTopKSAE, GatedSAE, JumpReLUSAE, MatryoshkaSAE, SAEConfig, StandardSAE, TopKSAE
 from mistudio_train.errors import TrainingDiverged
 from mistudio_train.sae.build import build_sae
 from mistudio_train.sae.figures import EpochFigures
@@ -22,6 +22,8 @@ KINDS: list[SAEConfig] = [
     TopKSAE(hidden_dim=D_SAE, seed=4, k=2),
     BatchTopKSAE(hidden_dim=D_SAE, seed=4, k=2),
     MatryoshkaSAE(hidden_dim=D_SAE, seed=4, k=2),
+    JumpReLUSAE(hidden_dim=D_SAE, seed=4, target_l0=3),
+    GatedSAE(hidden_dim=D_SAE, seed=4),
 ]
 
 

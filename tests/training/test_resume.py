@@ -27,6 +27,8 @@ SAES: dict[str, dict[str, Any]] = {
     "standard": {"kind": "standard", "hidden_dim": 64, "batch_size": 128, "reinitialize_dead_every": 1},
     "topk": {"kind": "topk", "k": 4, "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05},
     "batchtopk": {"kind": "batchtopk", "k": 4, "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05},
+    "jumprelu": {"kind": "jumprelu", "target_l0": 4, "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05},
+    "gated": {"kind": "gated", "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05},
     "matryoshka": {"kind": "matryoshka", "k": 4, "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05},
 }
 INTERRUPTIONS = int(os.environ.get("INTERRUPTIONS", "4"))

@@ -31,6 +31,11 @@ class StepInput:
     dead_F: Tensor | None = None  # noqa: N815
     """True for the latents that count as dead; `None` while none can be."""
 
+    def risen(self, share: float) -> float:
+        """How far something has come that rises from 0 to 1 over the first `share` of the steps."""
+        steps = round(share * self.total_steps)
+        return min(1.0, (self.step + 1) / steps) if steps else 1.0
+
 
 @dataclass(frozen=True, eq=False)
 class StepOutput:

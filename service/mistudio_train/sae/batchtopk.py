@@ -26,9 +26,9 @@ class BatchTopKAutoencoder(KSparseAutoencoder):
     threshold: Tensor
 
     def __init__(
-        self, d_in: int, d_sae: int, k: int, aux_k_coeff: float, threshold_rate: float, generator: torch.Generator
+        self, d_in: int, d_sae: int, aux_k_coeff: float, *, k: int, threshold_rate: float, generator: torch.Generator
     ) -> None:
-        super().__init__(d_in, d_sae, k, aux_k_coeff, generator)
+        super().__init__(d_in, d_sae, aux_k_coeff, k=k, generator=generator)
         self.threshold_rate = threshold_rate
         self.register_buffer("threshold", torch.full((), torch.nan))
         self._largest = LargestOfBatch()

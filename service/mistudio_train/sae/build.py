@@ -8,10 +8,21 @@ from typing import Final, TypeVar
 
 import torch
 
-from mistudio_schemas import BatchTopKSAE, KSparseFields, MatryoshkaSAE, SAEConfig, StandardSAE
+from mistudio_schemas import (
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    SAEConfig,
+    ScheduledFields,
+    StandardSAE,
+    TopKSAE,
+)
 
 from .base import SparseAutoencoder
 from .batchtopk import BatchTopKAutoencoder
+from .gated import GatedAutoencoder
+from .jumprelu import JumpReLUAutoencoder
 from .matryoshka import MatryoshkaAutoencoder
 from .recipe import Recipe
 from .standard import StandardAutoencoder
@@ -37,15 +48,40 @@ def build_sae(config: SAEConfig, d_in: int) -> SparseAutoencoder:
     generator = torch.Generator().manual_seed(_given(config.seed, "seed"))
     if isinstance(config, StandardSAE):
         return StandardAutoencoder(d_in, d_sae, _given(config.sparsity_coeff, "sparsity_coeff"), generator)
+    shape = d_in, d_sae, config.aux_k_coeff
+    match config:
+        case GatedSAE():
+            return GatedAutoencoder(
+                *shape,
+                sparsity_coeff=config.sparsity_coeff,
+                sparsity_warmup=config.sparsity_warmup,
+                generator=generator,
+            )
+        case JumpReLUSAE():
+            return JumpReLUAutoencoder(
+                *shape,
+                sparsity_coeff=config.sparsity_coeff,
+                target_l0=config.target_l0,
+                sparsity_warmup=config.sparsity_warmup,
+                bandwidth=config.bandwidth,
+                initial_threshold=config.initial_threshold,
+                generator=generator,
+            )
     if config.k > d_sae:
         raise ValueError(f"k must be at most the hidden dimension ({config.k} > {d_sae})")
-    shape = d_in, d_sae, config.k, config.aux_k_coeff
-    if isinstance(config, MatryoshkaSAE):
-        prefixes = _prefixes(config.group_shares, d_sae)
-        return MatryoshkaAutoencoder(*shape, config.threshold_rate, prefixes, generator)
-    if isinstance(config, BatchTopKSAE):
-        return BatchTopKAutoencoder(*shape, config.threshold_rate, generator)
-    return TopKAutoencoder(*shape, generator)
+    match config:
+        case TopKSAE():
+            return TopKAutoencoder(*shape, k=config.k, generator=generator)
+        case BatchTopKSAE():
+            return BatchTopKAutoencoder(*shape, k=config.k, threshold_rate=config.threshold_rate, generator=generator)
+        case MatryoshkaSAE():
+            return MatryoshkaAutoencoder(
+                *shape,
+                k=config.k,
+                threshold_rate=config.threshold_rate,
+                prefixes=_prefixes(config.group_shares, d_sae),
+                generator=generator,
+            )
 
 
 def recipe_for(config: SAEConfig, *, rows: int, mean_pooled: bool) -> Recipe:
@@ -56,7 +92,7 @@ def recipe_for(config: SAEConfig, *, rows: int, mean_pooled: bool) -> Recipe:
     """
     if isinstance(config, StandardSAE):
         return _standard_recipe(config, rows)
-    return _k_sparse_recipe(config, rows, mean_pooled)
+    return _scheduled_recipe(config, rows, mean_pooled)
 
 
 def _standard_recipe(config: StandardSAE, rows: int) -> Recipe:
@@ -71,7 +107,7 @@ def _standard_recipe(config: StandardSAE, rows: int) -> Recipe:
     )
 
 
-def _k_sparse_recipe(config: KSparseFields, rows: int, mean_pooled: bool) -> Recipe:
+def _scheduled_recipe(config: ScheduledFields, rows: int, mean_pooled: bool) -> Recipe:
     d_sae, max_epochs = _given(config.hidden_dim, "hidden_dim"), _given(config.max_epochs, "max_epochs")
     # Thousands of rows instead of millions: small batches, or there would be too few steps.
     largest = max(16, rows // 16) if mean_pooled else config.batch_size

@@ -26,14 +26,15 @@ class MatryoshkaAutoencoder(BatchTopKAutoencoder):
         self,
         d_in: int,
         d_sae: int,
-        k: int,
         aux_k_coeff: float,
+        *,
+        k: int,
         threshold_rate: float,
         prefixes: Sequence[int],
         generator: torch.Generator,
     ) -> None:
         """`prefixes`: m_1 … m_G, ascending, the last one `d_sae`."""
-        super().__init__(d_in, d_sae, k, aux_k_coeff, threshold_rate, generator)
+        super().__init__(d_in, d_sae, aux_k_coeff, k=k, threshold_rate=threshold_rate, generator=generator)
         self.prefixes = tuple(prefixes)
 
     def reconstruction_loss(self, active: Active, values_N: Tensor, z_BD: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
-"""What the kinds share that train in a scaled space: the scale and its folding, a decoder of norm 1, the encoder.
+"""What the kinds share that train in a scaled space: the scale and its folding, a decoder of norm 1, reviving the dead.
 
-Owns scale, centre and the decoder's norm; which latents are active, and what is minimised, is the kinds'.
+Owns scale, centre, the decoder's norm and the auxiliary loss; which latents are active, and what else is minimised, is
+the kinds'; which are dead is the trainer's to say.
 """
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional
 
 from .base import SparseAutoencoder
 from .folded import FoldedSAE, plain
+from .sparse import Active, decode_at, encode_at, keep_largest
 
 
 class ScaledAutoencoder(SparseAutoencoder):
@@ -17,12 +19,21 @@ class ScaledAutoencoder(SparseAutoencoder):
     Start: `prepare` sets b_dec to the sample's mean and s such that the encoder's input z - b_dec has mean squared norm
     D, so that a mean squared error is about the fraction of variance unexplained. W_dec has rows of norm 1 at all times
     (the gradient along a row is removed); W_enc starts as a copy of it, and b_enc = 0.
+
+    The loss by which dead latents learn the residual, for kinds that add it (Gao et al. 2024, arXiv:2406.04093):
+
+        L_aux = c · min(dead / k_aux, 1) · ||W_decᵀ a - e||² / ||e||²,   e = z - ẑ held fixed,
+        a     = the k_aux = round(D / 2) largest of the dead latents of each row of ReLU(p)
+
+    ||e||² is the residual's variance about zero, over the batch, as in the authors' code: defined for one row, too.
     """
 
     scale: Tensor
 
-    def __init__(self, d_in: int, d_sae: int, generator: torch.Generator) -> None:
+    def __init__(self, d_in: int, d_sae: int, aux_k_coeff: float, generator: torch.Generator) -> None:
         super().__init__(d_in, d_sae, generator)
+        self.aux_k_coeff = aux_k_coeff
+        self.k_aux = min(max(1, round(d_in / 2)), d_sae)
         self.register_buffer("scale", torch.ones(()))
         self._pre_memory: Tensor | None = None
 
@@ -90,3 +101,25 @@ class ScaledAutoencoder(SparseAutoencoder):
         ):
             memory = self._pre_memory = centred_BD.new_empty(rows, self.d_sae)
         return torch.addmm(self.b_enc, centred_BD, self.W_enc.T, out=memory[:rows])
+
+    def aux_k_loss(self, pre_BF: Tensor, centred_BD: Tensor, residual_BD: Tensor, dead_F: Tensor | None) -> Tensor:
+        """L_aux, c included; its gradient reaches the decoder and, through the values, the encoder."""
+        if dead_F is None or self.aux_k_coeff == 0:
+            return residual_BD.new_zeros(())
+        # Reading a flag would make a GPU wait; on a CPU it is free and spares the whole loss, which would be zero.
+        if not residual_BD.is_cuda and not bool(dead_F.any()):
+            return residual_BD.new_zeros(())
+        with torch.no_grad():
+            active = Active.same_number(self._largest_dead(pre_BF, dead_F), self.d_sae)
+            is_dead_N = dead_F[active.latents_N]
+        values_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc).relu() * is_dead_N
+        error = (decode_at(active, values_N, self.W_dec) - residual_BD).square().sum()
+        energy = residual_BD.square().sum().clamp_min(torch.finfo(residual_BD.dtype).tiny)
+        return self.aux_k_coeff * (dead_F.sum() / self.k_aux).clamp_max(1) * error / energy
+
+    def _largest_dead(self, pre_BF: Tensor, dead_F: Tensor) -> Tensor:
+        """At most k_aux latents a row, [B, K]; where a GPU would have to wait for their number, some are not dead."""
+        if pre_BF.is_cuda:
+            return keep_largest(pre_BF.masked_fill(~dead_F, -torch.inf), self.k_aux)[1]
+        dead_latents = dead_F.nonzero().squeeze(1)
+        return dead_latents[keep_largest(pre_BF[:, dead_latents], min(self.k_aux, len(dead_latents)))[1]]

@@ -165,6 +165,24 @@ def decode_at(active: Active, values_N: Tensor, weight_FD: Tensor) -> Tensor:
     return decoded_BD
 
 
+def spread(active: Active, per_latent_F: Tensor) -> Tensor:
+    """A number of each latent at its active places: [N], with gradients."""
+    values_N: Tensor = _Spread.apply(active, per_latent_F)  # type: ignore[no-untyped-call]
+    return values_N
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, active: Active, per_latent_F: Tensor) -> Tensor:
+        ctx.active = active
+        return per_latent_F[active.latents_N]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope_N: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.active.sum_by_latent(slope_N)
+
+
 class _EncodeAt(torch.autograd.Function):
     @staticmethod
     def forward(

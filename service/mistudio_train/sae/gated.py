@@ -1,0 +1,107 @@
+"""The gated SAE of Rajamanoharan et al. 2024 (arXiv:2404.16014). Owns its gates and its penalty."""
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .base import ACTIVE_ABOVE, StepInput, StepOutput
+from .folded import FoldedSAE, plain
+from .scaled import ScaledAutoencoder
+from .sparse import Active, decode_at, encode_at, spread
+
+
+class GatedAutoencoder(ScaledAutoencoder):
+    """Whether a latent is active and how much are told apart; with p, z and L_aux of `ScaledAutoencoder`.
+
+        p     = W_enc (z - b_dec) + b_enc                  the gate's, π_gate there; b_enc is b_gate
+        m     = e^r (p - b_enc) + b_mag                    the magnitude's
+        h     = [p > 0] · ReLU(m),  ẑ = W_decᵀ h + b_dec
+        ẑ_g   = Wᵀ ReLU(p) + b,  W and b being W_dec and b_dec held fixed
+        L     = mean (ẑ - z)² + λ(t) · mean over rows of Σ_f ReLU(p_f) / D + mean (ẑ_g - z)² + L_aux
+
+    λ(t) rises linearly over the first steps. [p > 0] has no gradient: the gates learn from the other two terms. Only
+    latents with p > 0 have any: all else is left out of the arithmetic behind the encoder's product.
+    """
+
+    kind: ClassVar[str] = "gated"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        aux_k_coeff: float,
+        *,
+        sparsity_coeff: float,
+        sparsity_warmup: float,
+        generator: torch.Generator,
+    ) -> None:
+        """`sparsity_warmup` is the share of the steps over which λ rises."""
+        super().__init__(d_in, d_sae, aux_k_coeff, generator)
+        self.sparsity_coeff, self.sparsity_warmup = sparsity_coeff, sparsity_warmup
+        self.r_mag = nn.Parameter(torch.zeros(d_sae))
+        self.b_mag = nn.Parameter(torch.zeros(d_sae))
+
+    @property
+    def by_latent(self) -> list[nn.Parameter]:
+        """The magnitudes' parameters, too."""
+        return [*super().by_latent, self.r_mag, self.b_mag]
+
+    def step(self, inputs: StepInput) -> StepOutput:
+        """The losses in the scaled space."""
+        z_BD = inputs.x_BD * self.scale
+        with torch.no_grad():
+            centred_BD = z_BD - self.b_dec
+            pre_BF = self._pre(centred_BD)
+            active = Active.at((pre_BF > 0).flatten().nonzero().squeeze(1), *pre_BF.shape)
+        gate_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc)
+        acts_N = self._magnitudes(gate_N, active).relu()
+        z_hat_BD = decode_at(active, acts_N, self.W_dec) + self.b_dec
+        gate_hat_BD = decode_at(active, gate_N, self.W_dec.detach()) + self.b_dec.detach()
+        reconstruction_loss = functional.mse_loss(z_hat_BD, z_BD)
+        sparsity_loss = (
+            self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * gate_N.sum() / z_BD.numel()
+            + functional.mse_loss(gate_hat_BD, z_BD)
+            + self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
+        )
+        is_active_N = acts_N.detach() > ACTIVE_ABOVE
+        return StepOutput(
+            loss=reconstruction_loss + sparsity_loss,
+            reconstruction_loss=reconstruction_loss,
+            sparsity_loss=sparsity_loss,
+            l0=is_active_N.sum() / len(z_BD),
+            active_rows_F=active.count_by_latent(is_active_N),
+        )
+
+    def encode(self, x_BD: Tensor) -> Tensor:
+        """The activations h / s, so that they and their decoder rows make up x and not z."""
+        pre_BF = self.pre_activations(x_BD)
+        magnitudes_BF = self.r_mag.exp() * (pre_BF - self.b_enc) + self.b_mag
+        return (pre_BF > 0) * magnitudes_BF.relu() / self.scale
+
+    @torch.no_grad()
+    def reset_latents(self, which_F: Tensor, generator: torch.Generator) -> None:
+        """Their magnitudes, too, begin again."""
+        super().reset_latents(which_F, generator)
+        if hasattr(self, "r_mag"):  # the first time it is not there yet
+            for parameter in (self.r_mag, self.b_mag):
+                parameter[which_F.to(parameter.device)] = 0
+
+    def folded(self) -> FoldedSAE:
+        """The magnitudes' encoder, with thresholds: p > 0 exactly where m > b_mag - e^r b_enc."""
+        scale, gain_F = self.scale.double(), self.r_mag.detach().double().exp()
+        weight_FD = gain_F[:, None] * self.W_enc.detach().double()
+        bias_F = self.b_mag.detach().double() - weight_FD @ self.b_dec.detach().double()
+        threshold_F = self.b_mag.detach().double() - gain_F * self.b_enc.detach().double()
+        return replace(
+            super().folded(),
+            encoder_weight=plain(weight_FD),
+            encoder_bias=plain(bias_F / scale),
+            threshold=plain(threshold_F / scale),
+        )
+
+    def _magnitudes(self, gate_N: Tensor, active: Active) -> Tensor:
+        gain_N, bias_N = spread(active, self.r_mag.exp()), spread(active, self.b_mag)
+        return gain_N * (gate_N - spread(active, self.b_enc)) + bias_N

@@ -1,0 +1,109 @@
+"""The JumpReLU SAE of Rajamanoharan et al. 2024 (arXiv:2407.14435). Owns its thresholds and its two penalties."""
+
+from dataclasses import replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .base import ACTIVE_ABOVE, StepInput, StepOutput
+from .folded import FoldedSAE, plain
+from .gates import heaviside, jump_relu
+from .scaled import ScaledAutoencoder
+from .sparse import Active, decode_at, encode_at, spread
+
+TANH_SCALE = 4.0
+"""Of the activations within the penalty's tanh (Conerly et al. 2025, "Dictionary Learning Optimization Techniques")."""
+
+
+class JumpReLUAutoencoder(ScaledAutoencoder):
+    """A threshold θ_f of its own for every latent, learned; with p, z and L_aux of `ScaledAutoencoder`.
+
+        h = p · [p > θ],  ẑ = W_decᵀ h + b_dec,  L0 = mean over rows of Σ_f [p_f > θ_f]
+        L = mean (ẑ - z)² + λ(t) · S + L_aux
+        S = (L0 / target - 1)²                        with a target L0
+        S = mean over rows of Σ_f tanh(4 h_f) / D     without one
+
+    θ = exp(τ) > 0, and τ, always fp32, is the parameter. Its gradients are straight-through estimates (`gates`), and
+    λ(t) rises linearly over the first steps. Only latents with p > θ - ε / 2 have any gradient: all else is left out
+    of the arithmetic behind the encoder's product.
+    """
+
+    kind: ClassVar[str] = "jumprelu"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        aux_k_coeff: float,
+        *,
+        sparsity_coeff: float,
+        target_l0: float | None,
+        sparsity_warmup: float,
+        bandwidth: float,
+        initial_threshold: float,
+        generator: torch.Generator,
+    ) -> None:
+        """`sparsity_warmup`: share of the steps over which λ rises. `initial_threshold`, `bandwidth`: in units of z."""
+        self.initial_threshold = initial_threshold
+        super().__init__(d_in, d_sae, aux_k_coeff, generator)
+        self.sparsity_coeff, self.target_l0, self.bandwidth = sparsity_coeff, target_l0, bandwidth
+        self.sparsity_warmup = sparsity_warmup
+        self.log_threshold = nn.Parameter(torch.full((d_sae,), initial_threshold).log())
+
+    @property
+    def by_latent(self) -> list[nn.Parameter]:
+        """The thresholds, too."""
+        return [*super().by_latent, self.log_threshold]
+
+    @property
+    def threshold(self) -> Tensor:
+        """θ, [d_sae]."""
+        return self.log_threshold.exp()
+
+    def step(self, inputs: StepInput) -> StepOutput:
+        """The losses in the scaled space."""
+        z_BD = inputs.x_BD * self.scale
+        with torch.no_grad():
+            centred_BD = z_BD - self.b_dec
+            pre_BF = self._pre(centred_BD)
+            places_N = (pre_BF > self.threshold - self.bandwidth / 2).flatten().nonzero().squeeze(1)
+            active = Active.at(places_N, *pre_BF.shape)
+        values_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc)
+        threshold_N = spread(active, self.threshold)
+        acts_N = jump_relu(values_N, threshold_N, self.bandwidth)
+        l0 = heaviside(values_N, threshold_N, self.bandwidth).sum() / len(z_BD)
+        z_hat_BD = decode_at(active, acts_N, self.W_dec) + self.b_dec
+        reconstruction_loss = functional.mse_loss(z_hat_BD, z_BD)
+        sparsity_loss = self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * self._penalty(acts_N, l0, len(z_BD))
+        sparsity_loss = sparsity_loss + self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
+        return StepOutput(
+            loss=reconstruction_loss + sparsity_loss,
+            reconstruction_loss=reconstruction_loss,
+            sparsity_loss=sparsity_loss,
+            l0=l0.detach(),
+            active_rows_F=active.count_by_latent(acts_N.detach() > ACTIVE_ABOVE),
+        )
+
+    def encode(self, x_BD: Tensor) -> Tensor:
+        """The activations h / s, so that they and their decoder rows make up x and not z."""
+        pre_BF = self.pre_activations(x_BD)
+        return pre_BF * (pre_BF > self.threshold) / self.scale
+
+    @torch.no_grad()
+    def reset_latents(self, which_F: Tensor, generator: torch.Generator) -> None:
+        """Their thresholds, too, begin again."""
+        super().reset_latents(which_F, generator)
+        if hasattr(self, "log_threshold"):  # the first time it is not there yet
+            self.log_threshold[which_F.to(self.log_threshold.device)] = torch.tensor(self.initial_threshold).log()
+
+    def folded(self) -> FoldedSAE:
+        """With the thresholds θ / s."""
+        threshold_F = self.threshold.detach().double() / self.scale.double()
+        return replace(super().folded(), threshold=plain(threshold_F))
+
+    def _penalty(self, acts_N: Tensor, l0: Tensor, rows: int) -> Tensor:
+        if self.target_l0 is not None:
+            return (l0 / self.target_l0 - 1).square()
+        return (TANH_SCALE * acts_N).tanh().sum() / (rows * self.d_in)

@@ -1,0 +1,167 @@
+"""`jumprelu` and `gated` against their formulas in dense matrices, and what their thresholds learn."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from mistudio_schemas import GatedSAE, JumpReLUSAE, SAEConfig
+from mistudio_train.sae.base import StepInput
+from mistudio_train.sae.build import build_sae
+from mistudio_train.sae.gated import GatedAutoencoder
+from mistudio_train.sae.gates import heaviside, jump_relu
+from mistudio_train.sae.jumprelu import JumpReLUAutoencoder
+from mistudio_train.sae.recipe import Recipe
+from mistudio_train.sae.scaled import ScaledAutoencoder
+from mistudio_train.sae.trainer import Trainer
+
+D_IN, D_SAE, BATCH, STEPS = 10, 40, 32, 20
+BANDWIDTH = 0.4
+KINDS: list[SAEConfig] = [
+    JumpReLUSAE(hidden_dim=D_SAE, seed=4, target_l0=6, bandwidth=BANDWIDTH, initial_threshold=0.3),
+    JumpReLUSAE(hidden_dim=D_SAE, seed=4, target_l0=None, bandwidth=BANDWIDTH, initial_threshold=0.3),
+    GatedSAE(hidden_dim=D_SAE, seed=4, sparsity_coeff=0.5),
+]
+of_each_kind = pytest.mark.parametrize("config", KINDS, ids=["jumprelu, target", "jumprelu, tanh", "gated"])
+
+
+def rows(count: int = STEPS * BATCH) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return 3 * torch.randn(count, D_IN, generator=generator) + torch.arange(float(D_IN))
+
+
+def built(config: SAEConfig) -> ScaledAutoencoder:
+    sae = build_sae(config, D_IN)
+    assert isinstance(sae, ScaledAutoencoder)
+    sae.prepare(rows())
+    return sae
+
+
+class Jump(torch.autograd.Function):
+    """Both of `jumprelu`'s functions on whole matrices, their estimates summed over rows."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, pre: Tensor, threshold: Tensor, step: bool) -> Tensor:
+        ctx.save_for_backward(pre, threshold)
+        ctx.step = step  # type: ignore[attr-defined]
+        return (pre > threshold).to(pre.dtype) if step else pre * (pre > threshold)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, slope: Tensor) -> tuple[Tensor | None, ...]:
+        pre, threshold = ctx.saved_tensors  # type: ignore[attr-defined]
+        near = ((pre - threshold).abs() < BANDWIDTH / 2).to(pre.dtype)
+        if ctx.step:  # type: ignore[attr-defined]
+            return None, -(near * slope).sum(0) / BANDWIDTH, None
+        return slope * (pre > threshold), -(threshold * near * slope).sum(0) / BANDWIDTH, None
+
+
+def dense_loss(sae: ScaledAutoencoder, weights: dict[str, Tensor], x: Tensor, inputs: StepInput) -> Tensor:
+    """The loss without the auxiliary one, as the docstrings write it."""
+    z = x * sae.scale
+    b_dec = weights["b_dec"]
+    pre = (z - b_dec) @ weights["W_enc"].T + weights["b_enc"]
+    if isinstance(sae, GatedAutoencoder):
+        magnitude = weights["r_mag"].exp() * (pre - weights["b_enc"]) + weights["b_mag"]
+        h = (pre > 0) * magnitude.relu()
+        z_gate = pre.relu() @ weights["W_dec"].detach() + b_dec.detach()
+        risen = min(1.0, (inputs.step + 1) / round(sae.sparsity_warmup * inputs.total_steps))
+        extra = risen * sae.sparsity_coeff * pre.relu().sum(1).mean() / D_IN + (z_gate - z).square().mean()
+    else:
+        assert isinstance(sae, JumpReLUAutoencoder)
+        threshold = weights["log_threshold"].exp()
+        h = Jump.apply(pre, threshold, False)  # type: ignore[no-untyped-call]
+        if sae.target_l0 is None:
+            penalty = (4 * h).tanh().sum(1).mean() / D_IN
+        else:
+            l0 = Jump.apply(pre, threshold, True).sum(1).mean()  # type: ignore[no-untyped-call]
+            penalty = (l0 / sae.target_l0 - 1) ** 2
+        extra = min(1.0, (inputs.step + 1) / round(sae.sparsity_warmup * inputs.total_steps)) * penalty
+    reconstruction: Tensor = (h @ weights["W_dec"] + b_dec - z).square().mean()
+    return reconstruction + extra
+
+
+@of_each_kind
+def test_twenty_steps_equal_the_formulas_in_dense_matrices(config: SAEConfig) -> None:
+    sae, x = built(config), rows()
+    recipe = Recipe(1e-2, BATCH, max_epochs=1, dead_after_rows=10**6, grad_clip=1.0, warmup=0.2, decay=0.2)
+    weights = {name: weight.detach().clone().requires_grad_() for name, weight in sae.named_parameters()}
+    trainer = Trainer(sae, recipe, rows=len(x), device="cpu", seed=0)
+    adam = torch.optim.Adam(weights.values(), lr=1.0)
+    for batch in trainer.batches():
+        loss = dense_loss(sae, weights, x[batch], StepInput(x[batch], trainer.steps, trainer.total_steps))
+        adam.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        slope, decoder = weights["W_dec"].grad, weights["W_dec"]
+        assert slope is not None
+        slope -= ((slope * decoder).sum(1, keepdim=True) * decoder).detach()
+        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        adam.param_groups[0]["lr"] = recipe.learning_rate_at(trainer.steps, trainer.total_steps)
+        adam.step()
+        with torch.no_grad():
+            decoder /= decoder.norm(dim=1, keepdim=True)
+        trainer.step(x[batch])
+        figures = trainer.measure()
+        assert figures is not None
+        assert abs(figures.loss - float(loss.detach())) < 1e-5
+        for name, weight in sae.named_parameters():
+            torch.testing.assert_close(weight.detach(), weights[name].detach(), atol=1e-5, rtol=0, msg=name)
+    assert trainer.steps == STEPS
+
+
+def test_jumps_and_their_estimates_by_hand() -> None:
+    pre = torch.tensor([0.5, 1.05, 0.95, 3.0], requires_grad=True)
+    threshold = torch.ones(4, requires_grad=True)
+    acts = jump_relu(pre, threshold, 0.2)
+    assert acts.tolist() == pytest.approx([0, 1.05, 0, 3])
+    (acts * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()  # type: ignore[no-untyped-call]
+    assert pre.grad is not None
+    assert threshold.grad is not None
+    assert pre.grad.tolist() == [0, 2, 0, 4]
+    assert threshold.grad.tolist() == pytest.approx([0, -10, -15, 0])
+    steps = heaviside(pre, threshold, 0.2)
+    assert steps.tolist() == [0, 1, 0, 1]
+    (slope,) = torch.autograd.grad(steps.sum(), threshold)
+    assert slope.tolist() == pytest.approx([0, -5, -5, 0])
+
+
+def trained(config: SAEConfig, epochs: int, rate: float = 1e-2) -> ScaledAutoencoder:
+    sae, x = built(config), rows(4096)
+    recipe = Recipe(rate, 64, max_epochs=epochs, dead_after_rows=10**6, grad_clip=1.0, decay=0.2)
+    trainer = Trainer(sae, recipe, rows=len(x), device="cpu", seed=0)
+    for _ in range(epochs):
+        for batch in trainer.batches():
+            trainer.step(x[batch])
+        trainer.end_epoch()
+    return sae
+
+
+@pytest.mark.parametrize("target", [3.0, 8.0])
+def test_a_jumprelu_comes_to_the_latents_a_row_that_it_aims_at(target: float) -> None:
+    acts = trained(JumpReLUSAE(hidden_dim=D_SAE, seed=4, target_l0=target), epochs=8).encode(rows())
+    assert (acts > 0).sum(1).double().mean().item() == pytest.approx(target, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    "config", [GatedSAE(hidden_dim=D_SAE, seed=4), JumpReLUSAE(hidden_dim=D_SAE, seed=4, target_l0=None)]
+)
+def test_a_larger_penalty_leaves_fewer_latents_active(config: SAEConfig) -> None:
+    def l0(coefficient: float) -> float:
+        sae = trained(config.model_copy(update={"sparsity_coeff": coefficient}), epochs=4)
+        return float((sae.encode(rows()) > 0).sum(1).double().mean())
+
+    assert l0(2.0) < 0.8 * l0(0.1)
+
+
+@of_each_kind
+def test_what_starts_again_starts_as_new(config: SAEConfig) -> None:
+    sae = trained(config, epochs=1)
+    which = torch.arange(D_SAE) < 3
+    kept = {name: weight.detach().clone() for name, weight in sae.named_parameters()}
+    sae.reset_latents(which, torch.Generator().manual_seed(9))
+    fresh = built(config)
+    for name, weight in sae.named_parameters():
+        if name != "b_dec":
+            assert torch.equal(weight[~which], kept[name][~which])
+            assert not torch.equal(weight[which], kept[name][which])
+        if weight.dim() == 1 and name != "b_dec":
+            assert torch.equal(weight[which], dict(fresh.named_parameters())[name][which])
+    assert len(sae.by_latent) == len(list(sae.parameters())) - 1
