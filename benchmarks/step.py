@@ -22,7 +22,15 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.machine import machine
-from mistudio_schemas import BatchTopKSAE, MatryoshkaSAE, SAEConfig, StandardSAE, TopKSAE
+from mistudio_schemas import (
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    SAEConfig,
+    StandardSAE,
+    TopKSAE,
+)
 from mistudio_train.sae.build import build_sae
 from mistudio_train.sae.recipe import Recipe
 from mistudio_train.sae.trainer import Trainer
@@ -34,6 +42,8 @@ WARM_UP: Final = 3
 STEPS: Final = 4
 """That one measurement lasts."""
 SHARES: Final = [1 / 32, 1 / 16, 1 / 8, 1 / 4]
+K_SPARSE: Final = ("topk", "batchtopk", "matryoshka")
+BY_THRESHOLD: Final = ("jumprelu", "gated")
 Step = Callable[[Tensor], object]
 
 
@@ -48,6 +58,13 @@ class Case:
     k: int
     dead: float = 0.0
     """Share of the latents that count as dead, so that the auxiliary loss has work."""
+    active: float | None = None
+    """Share of the latents that is active, of the kinds whose thresholds decide that."""
+
+    @property
+    def threshold(self) -> float:
+        """Above which that share of normally distributed numbers lies."""
+        return statistics.NormalDist().inv_cdf(1 - (self.active or 0.5))
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,10 @@ def config_of(case: Case) -> SAEConfig:
             return BatchTopKSAE(**shape, k=case.k)
         case "matryoshka":
             return MatryoshkaSAE(**shape, k=case.k, group_shares=SHARES)
+        case "jumprelu":
+            return JumpReLUSAE(**shape, target_l0=None, initial_threshold=max(0.03, case.threshold))
+        case "gated":
+            return GatedSAE(**shape)
         case _:
             return StandardSAE(**shape, sparsity_coeff=1e-3)
 
@@ -87,6 +108,8 @@ def our_step(case: Case, rows: list[Tensor]) -> Step:
     trainer.prepare(rows[0])
     dead = int(case.dead * case.m)
     with torch.no_grad():
+        if case.kind == "gated":
+            sae.b_enc.fill_(-case.threshold)
         sae.b_enc[:dead] = -100.0
     trainer._rows_since_active_F[:dead] = recipe.dead_after_rows
     trainer.epoch = 1000  # long enough for latents to be dead
@@ -107,12 +130,19 @@ def saelens_step(case: Case) -> Step:
         "matryoshka": lambda: saes.MatryoshkaBatchTopKTrainingSAE(
             saes.MatryoshkaBatchTopKTrainingSAEConfig(**shape, k=case.k, matryoshka_widths=widths)
         ),
+        "jumprelu": lambda: saes.JumpReLUTrainingSAE(
+            saes.JumpReLUTrainingSAEConfig(**shape, jumprelu_init_threshold=max(0.03, case.threshold))
+        ),
+        "gated": lambda: saes.GatedTrainingSAE(saes.GatedTrainingSAEConfig(**shape)),
     }
     cfg = config.SAETrainerConfig(10**12, case.batch, lr_end=3e-5)
     trainer: Any = SAETrainer(cfg, made[case.kind](), iter(()))
     dead = int(case.dead * case.m)
     with torch.no_grad():
-        trainer.sae.b_enc[:dead] = -100.0
+        if case.kind == "gated":
+            trainer.sae.b_gate.fill_(-case.threshold)
+        else:
+            trainer.sae.b_enc[:dead] = -100.0
     trainer.n_forward_passes_since_fired[:dead] = 10**6
     step: Step = trainer.step
     return step
@@ -149,18 +179,30 @@ def _time(step: Step, rows: list[Tensor], count: int) -> float:
 
 
 def cases(widths: list[int], kinds: list[str], d: int, batch: int, k: int) -> Iterator[Case]:
-    """Every kind at every width, and the auxiliary loss at work at the first."""
+    """Every kind at every width, at both shares of active latents; and the auxiliary loss at work at the first."""
     for m in widths:
         for kind in kinds:
-            yield Case(kind, d, m, batch, k)
+            shares = (0.5, 0.05) if kind in BY_THRESHOLD else (None,)
+            yield from (Case(kind, d, m, batch, k, active=active) for active in shares)
     for kind in kinds:
-        if kind != "standard":
+        if kind in K_SPARSE:
             yield Case(kind, d, widths[0], batch, k, dead=0.3)
 
 
 def show(measured: list[Measured], console: Console) -> None:
     """The table that the documentation quotes."""
-    columns = "kind", "m", "dead", "floor", "ours", "SAELens", "ours / floor", "SAELens / floor", "times as fast"
+    columns = (
+        "kind",
+        "m",
+        "dead",
+        "active",
+        "floor",
+        "ours",
+        "SAELens",
+        "ours / floor",
+        "SAELens / floor",
+        "times as fast",
+    )
     table = Table(*columns, title="milliseconds a step; rates as shares of the dense floor")
     for one in measured:
         case, peer = one.case, one.saelens
@@ -168,6 +210,7 @@ def show(measured: list[Measured], console: Console) -> None:
             case.kind,
             f"{case.m:,}",
             f"{case.dead:.0%}",
+            f"{case.active or case.k / case.m:.1%}",
             f"{one.floor:.0f}",
             f"{one.ours:.0f}",
             "" if peer is None else f"{peer:.0f}",
@@ -181,7 +224,7 @@ def show(measured: list[Measured], console: Console) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and show; 0 always, for a figure of time is no test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", default=["topk", "batchtopk", "matryoshka", "standard"])
+    parser.add_argument("--kinds", nargs="+", default=[*K_SPARSE, *BY_THRESHOLD])
     parser.add_argument("--widths", nargs="+", type=int, default=[4096, 16384], help="numbers of latents")
     parser.add_argument("--d", type=int, default=384, help="width of a row")
     parser.add_argument("--batch", type=int, default=2048)
@@ -195,7 +238,9 @@ def main(arguments: list[str] | None = None) -> int:
     measured: list[Measured] = []
     for case in cases(options.widths, options.kinds, options.d, options.batch, options.k):
         measured.append(measure(case, options.runs, peer=not options.no_peer))
-        console.print(f"{case.kind}, m {case.m:,}, {case.dead:.0%} dead: {measured[-1].share:.2f} of the floor")
+        console.print(
+            f"{case.kind}, m {case.m:,}, {case.dead:.0%} dead, active {case.active}: {measured[-1].share:.2f} of the floor"
+        )
     show(measured, console)
     about = f"d {options.d}, B {options.batch}, k {options.k}, fp32, {torch.get_num_threads()} threads. {machine()}"
     console.print(f"{about}, torch {torch.__version__}")

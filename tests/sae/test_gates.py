@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from mistudio_schemas import GatedSAE, JumpReLUSAE, SAEConfig
+from mistudio_train.sae import sparse
 from mistudio_train.sae.base import StepInput
 from mistudio_train.sae.build import build_sae
 from mistudio_train.sae.gated import GatedAutoencoder
@@ -80,7 +81,11 @@ def dense_loss(sae: ScaledAutoencoder, weights: dict[str, Tensor], x: Tensor, in
 
 
 @of_each_kind
-def test_twenty_steps_equal_the_formulas_in_dense_matrices(config: SAEConfig) -> None:
+@pytest.mark.parametrize("dense_above", [0.0, 1.0], ids=["dense", "sparse"])
+def test_twenty_steps_equal_the_formulas_in_dense_matrices(
+    config: SAEConfig, dense_above: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "DENSE_ABOVE", dense_above)
     sae, x = built(config), rows()
     recipe = Recipe(1e-2, BATCH, max_epochs=1, dead_after_rows=10**6, grad_clip=1.0, warmup=0.2, decay=0.2)
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in sae.named_parameters()}

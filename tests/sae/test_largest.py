@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistudio_train.sae.largest import LargestOfBatch
+from mistudio_train.sae.largest import LargestOfBatch, largest_of_rows
 
 
 def matrix(rows: int = 40, columns: int = 300, seed: int = 0) -> Tensor:
@@ -49,3 +49,23 @@ def test_a_value_that_is_no_number_stays_to_be_seen() -> None:
     x[3, 4] = torch.nan
     active, _ = LargestOfBatch().choose(x, 10)
     assert active.pick(x).isnan().any()
+
+
+@pytest.mark.parametrize(("columns", "k"), [(512, 2), (4096, 32), (4096, 1), (300, 4), (7, 7), (2048, 200)])
+def test_finds_the_largest_of_each_row(columns: int, k: int) -> None:
+    x = matrix(20, columns)
+    found = largest_of_rows(x, k).sort(1).values
+    assert torch.equal(found, x.topk(k, dim=1).indices.sort(1).values)
+
+
+def test_finds_k_different_ones_among_equal_ones() -> None:
+    x = torch.randint(0, 3, (20, 1024), generator=torch.Generator().manual_seed(0)).float()
+    found = largest_of_rows(x, 8)
+    assert all(len(set(row)) == 8 for row in found.tolist())
+    assert torch.equal(x.gather(1, found).sort(1).values, x.topk(8, dim=1).values.sort(1).values)
+
+
+def test_a_row_with_a_value_that_is_no_number_has_it_among_its_largest() -> None:
+    x = matrix(4, 1024)
+    x[2, 77] = torch.nan
+    assert 77 in largest_of_rows(x, 4)[2].tolist()

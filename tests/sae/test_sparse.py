@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistudio_train.sae.sparse import Active, decode_at, encode_at
+from mistudio_train.sae.sparse import Active, Everywhere, active_where, decode_at, encode_at
 
 ROWS, D_IN, D_SAE = 6, 4, 9
 PATTERNS: dict[str, list[list[int]]] = {
@@ -60,6 +60,27 @@ def test_gradients_are_right(active: Active) -> None:
         return decode_at(active, encode_at(active, pre, centred, centre, w_enc, bias).tanh(), w_dec)
 
     assert torch.autograd.gradcheck(there_and_back, inputs)
+
+
+def test_all_places_have_the_dense_matrix_as_their_values() -> None:
+    everywhere, all_of_them = Everywhere(ROWS, D_SAE), pattern(PATTERNS["all of them"])
+    values, weight, rows = drawn(ROWS, D_SAE), drawn(D_SAE, D_IN, seed=1), drawn(ROWS, D_IN, seed=2)
+    flat, per_latent = values.flatten(), drawn(D_SAE, seed=3)
+    torch.testing.assert_close(everywhere.times(values, weight), all_of_them.times(flat, weight))
+    torch.testing.assert_close(everywhere.transpose_times(values, rows), all_of_them.transpose_times(flat, rows))
+    torch.testing.assert_close(everywhere.products(rows, weight).flatten(), all_of_them.products(rows, weight))
+    torch.testing.assert_close(everywhere.sum_by_latent(values), all_of_them.sum_by_latent(flat))
+    torch.testing.assert_close(everywhere.per_place(per_latent).flatten(), all_of_them.per_place(per_latent))
+    assert torch.equal(everywhere.count_by_latent(values > 0), all_of_them.count_by_latent(flat > 0))
+    assert torch.equal(everywhere.pick(values), everywhere.dense(values))
+
+
+def test_many_active_places_are_all_places() -> None:
+    few = torch.zeros(4, 16, dtype=torch.bool)
+    few[0, 3] = few[2, 5] = True
+    assert active_where(few).latents_N.tolist() == [3, 5]
+    assert isinstance(active_where(~few), Everywhere)
+    assert active_where(~few).rows == 4
 
 
 def test_places_in_the_flattened_matrix_are_understood(active: Active) -> None:

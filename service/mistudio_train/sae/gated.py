@@ -10,7 +10,7 @@ from torch.nn import functional
 from .base import ACTIVE_ABOVE, StepInput, StepOutput
 from .folded import FoldedSAE, plain
 from .scaled import ScaledAutoencoder
-from .sparse import Active, decode_at, encode_at, spread
+from .sparse import Active, active_where, decode_at, encode_at, spread
 
 
 class GatedAutoencoder(ScaledAutoencoder):
@@ -55,9 +55,10 @@ class GatedAutoencoder(ScaledAutoencoder):
         with torch.no_grad():
             centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
-            active = Active.at((pre_BF > 0).flatten().nonzero().squeeze(1), *pre_BF.shape)
-        gate_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc)
-        acts_N = self._magnitudes(gate_N, active).relu()
+            active = active_where(pre_BF > 0)
+        values_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc)
+        gate_N = values_N.relu()
+        acts_N = (gate_N > 0) * self._magnitudes(values_N, active).relu()
         z_hat_BD = decode_at(active, acts_N, self.W_dec) + self.b_dec
         gate_hat_BD = decode_at(active, gate_N, self.W_dec.detach()) + self.b_dec.detach()
         reconstruction_loss = functional.mse_loss(z_hat_BD, z_BD)
@@ -102,6 +103,6 @@ class GatedAutoencoder(ScaledAutoencoder):
             threshold=plain(threshold_F / scale),
         )
 
-    def _magnitudes(self, gate_N: Tensor, active: Active) -> Tensor:
+    def _magnitudes(self, values_N: Tensor, active: Active) -> Tensor:
         gain_N, bias_N = spread(active, self.r_mag.exp()), spread(active, self.b_mag)
-        return gain_N * (gate_N - spread(active, self.b_enc)) + bias_N
+        return gain_N * (values_N - spread(active, self.b_enc)) + bias_N

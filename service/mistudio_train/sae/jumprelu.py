@@ -11,7 +11,7 @@ from .base import ACTIVE_ABOVE, StepInput, StepOutput
 from .folded import FoldedSAE, plain
 from .gates import heaviside, jump_relu
 from .scaled import ScaledAutoencoder
-from .sparse import Active, decode_at, encode_at, spread
+from .sparse import active_where, decode_at, encode_at, spread
 
 TANH_SCALE = 4.0
 """Of the activations within the penalty's tanh (Conerly et al. 2025, "Dictionary Learning Optimization Techniques")."""
@@ -68,8 +68,7 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
         with torch.no_grad():
             centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
-            places_N = (pre_BF > self.threshold - self.bandwidth / 2).flatten().nonzero().squeeze(1)
-            active = Active.at(places_N, *pre_BF.shape)
+            active = active_where(pre_BF > self.threshold - self.bandwidth / 2)
         values_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc)
         threshold_N = spread(active, self.threshold)
         acts_N = jump_relu(values_N, threshold_N, self.bandwidth)

@@ -1,4 +1,4 @@
-"""Which entries of a whole matrix are the largest: exactly, and without going through all of them in order.
+"""Which entries of a matrix are the largest, of each row or of all: exactly, and faster than one selection from all.
 
 Owns the choice; must not know what the entries are, nor what becomes of them.
 """
@@ -7,11 +7,39 @@ from torch import Tensor
 
 from .sparse import Active
 
+LEAST_GROUP = 4
 GUESS_BELOW = 0.9
 """Of the last smallest chosen entry; further down there would be more to select from, nearer to it more misses."""
 LEAST_GUESS = 1e-6
 SAMPLE = 100_003
 """Entries that the first guess is made from."""
+
+
+def largest_of_rows(matrix_BF: Tensor, k: int) -> Tensor:
+    """Where the k largest entries of each row are: int64 [B, k], in no order; of equal ones at the border any.
+
+    On a CPU in two stages where that is faster. A row's k largest lie in those k of its groups of entries that have the
+    largest maxima, so that the second selection is from few. Entries of a group are apart, so that maxima are taken of
+    whole vectors.
+    """
+    rows, columns = matrix_BF.shape
+    size = _group_size(columns, k)
+    if matrix_BF.is_cuda or size < LEAST_GROUP:
+        return matrix_BF.topk(k, dim=1, sorted=False).indices
+    groups = columns // size
+    grouped = matrix_BF.view(rows, size, groups)
+    best_BK = grouped.amax(1).topk(k, dim=1, sorted=False).indices
+    candidates = grouped.gather(2, best_BK[:, None, :].expand(rows, size, k)).view(rows, size * k)
+    chosen_BK = candidates.topk(k, dim=1, sorted=False).indices
+    return chosen_BK.div(k, rounding_mode="floor") * groups + best_BK.gather(1, chosen_BK % k)
+
+
+def _group_size(columns: int, k: int) -> int:
+    """A power of two that divides the columns, at most about √(columns / k): then both stages have as many entries."""
+    size = 1
+    while columns % (2 * size) == 0 and (2 * size) ** 2 <= 2 * columns / k:
+        size *= 2
+    return size
 
 
 class LargestOfBatch:

@@ -10,7 +10,10 @@ from torch.nn import functional
 
 from .base import SparseAutoencoder
 from .folded import FoldedSAE, plain
-from .sparse import Active, decode_at, encode_at, keep_largest
+from .largest import largest_of_rows
+from .sparse import Active, decode_at, encode_at
+
+LEAST_NORM = 1e-12
 
 
 class ScaledAutoencoder(SparseAutoencoder):
@@ -61,12 +64,13 @@ class ScaledAutoencoder(SparseAutoencoder):
         """Remove the part of the decoder's gradient along each row: the norm is fixed."""
         slope_FD, weight_FD = self.W_dec.grad, self.W_dec
         if slope_FD is not None:
-            slope_FD.sub_((slope_FD * weight_FD).sum(1, keepdim=True) * weight_FD)
+            along_F = torch.linalg.vecdot(slope_FD, weight_FD)
+            slope_FD.addcmul_(along_F[:, None], weight_FD, value=-1)
 
     @torch.no_grad()
     def after_update(self) -> None:
         """Bring the decoder's rows back to norm 1."""
-        self.W_dec.copy_(functional.normalize(self.W_dec, dim=1))
+        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(LEAST_NORM))
 
     def folded(self) -> FoldedSAE:
         """Only the biases change, since ReLU and the choice of the largest do not mind a positive factor.
@@ -120,6 +124,6 @@ class ScaledAutoencoder(SparseAutoencoder):
     def _largest_dead(self, pre_BF: Tensor, dead_F: Tensor) -> Tensor:
         """At most k_aux latents a row, [B, K]; where a GPU would have to wait for their number, some are not dead."""
         if pre_BF.is_cuda:
-            return keep_largest(pre_BF.masked_fill(~dead_F, -torch.inf), self.k_aux)[1]
+            return largest_of_rows(pre_BF.masked_fill(~dead_F, -torch.inf), self.k_aux)
         dead_latents = dead_F.nonzero().squeeze(1)
-        return dead_latents[keep_largest(pre_BF[:, dead_latents], min(self.k_aux, len(dead_latents)))[1]]
+        return dead_latents[largest_of_rows(pre_BF[:, dead_latents], min(self.k_aux, len(dead_latents)))]

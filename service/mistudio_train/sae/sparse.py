@@ -17,6 +17,8 @@ with warnings.catch_warnings():  # PyTorch says once, at the first such matrix, 
     torch.eye(1).to_sparse_csr()
 
 INT16_LATENTS = 2**15
+DENSE_ABOVE = 1 / 8
+"""Share of the places: an operation on one of them costs about eight times one of a dense product."""
 
 
 def keep_largest(acts_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -126,6 +128,10 @@ class Active:
         sampled: Tensor = torch.sparse.sampled_addmm(pattern, rows_BD, weight_FD.T, beta=0.0)
         return sampled.values()
 
+    def per_place(self, per_latent_F: Tensor) -> Tensor:
+        """A number of each latent at its places."""
+        return per_latent_F[self.latents_N]
+
     @staticmethod
     def _by_mkl(tensor: Tensor) -> bool:
         return tensor.device.type == "cpu" and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
@@ -146,6 +152,57 @@ class Active:
         starts = torch.zeros(self.d_sae + 1, dtype=torch.int32, device=order_N.device)
         starts[1:] = torch.bincount(self.latents_N, minlength=self.d_sae).cumsum(0)
         return starts, self.row_of_place[order_N].int(), order_N
+
+
+class Everywhere(Active):
+    """All places, where so many are active that dense products are faster: values are the matrix itself."""
+
+    def __init__(self, rows: int, d_sae: int) -> None:
+        self.d_sae, self._rows = d_sae, rows
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self._rows
+
+    def pick(self, matrix_BF: Tensor) -> Tensor:
+        """The matrix."""
+        return matrix_BF.view_as(matrix_BF)
+
+    def count_by_latent(self, which_BF: Tensor) -> Tensor:
+        """On how many rows a condition holds for each latent: int64 [d_sae]."""
+        return which_BF.sum(0)
+
+    def sum_by_latent(self, values_BF: Tensor) -> Tensor:
+        """The matrix' sum over rows: [d_sae]."""
+        return values_BF.sum(0)
+
+    def dense(self, values_BF: Tensor) -> Tensor:
+        """The matrix."""
+        return values_BF
+
+    def times(self, values_BF: Tensor, weight_FD: Tensor) -> Tensor:
+        """A dense product: [B, d_in]."""
+        return values_BF @ weight_FD
+
+    def transpose_times(self, values_BF: Tensor, rows_BD: Tensor) -> Tensor:
+        """A dense product: [d_sae, d_in]."""
+        return values_BF.T @ rows_BD
+
+    def products(self, rows_BD: Tensor, weight_FD: Tensor) -> Tensor:
+        """A dense product: [B, d_sae]."""
+        return rows_BD @ weight_FD.T
+
+    def per_place(self, per_latent_F: Tensor) -> Tensor:
+        """A number of each latent on every row."""
+        return per_latent_F.expand(self.rows, self.d_sae)
+
+
+def active_where(which_BF: Tensor) -> Active:
+    """The places where a condition holds; where these are many, all places, so that values must still be masked."""
+    if which_BF.is_cuda or int(which_BF.sum()) > DENSE_ABOVE * which_BF.numel():
+        return Everywhere(*which_BF.shape)
+    return Active.at(which_BF.flatten().nonzero().squeeze(1), *which_BF.shape)
 
 
 def encode_at(
@@ -175,7 +232,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, active: Active, per_latent_F: Tensor) -> Tensor:
         ctx.active = active
-        return per_latent_F[active.latents_N]
+        return active.per_place(per_latent_F)
 
     @staticmethod
     @once_differentiable

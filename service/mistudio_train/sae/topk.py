@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .folded import FoldedSAE
 from .ksparse import KSparseAutoencoder
+from .largest import largest_of_rows
 from .sparse import Active, keep_largest, to_dense
 
 
@@ -17,7 +18,7 @@ class TopKAutoencoder(KSparseAutoencoder):
 
     def choose(self, pre_BF: Tensor) -> Active:
         """The k largest of each row."""
-        return Active.same_number(keep_largest(pre_BF, self.k)[1], self.d_sae)
+        return Active.same_number(largest_of_rows(pre_BF, self.k), self.d_sae)
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """The activations h / s, so that they and their decoder rows make up x and not z."""
