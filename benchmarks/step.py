@@ -203,7 +203,7 @@ def show(measured: list[Measured], console: Console) -> None:
         "SAELens / floor",
         "times as fast",
     )
-    table = Table(*columns, title="milliseconds a step; rates as shares of the dense floor")
+    table = Table(*columns, title="milliseconds a step, and speed as a share of the dense floor's")
     for one in measured:
         case, peer = one.case, one.saelens
         table.add_row(
@@ -238,9 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     measured: list[Measured] = []
     for case in cases(options.widths, options.kinds, options.d, options.batch, options.k):
         measured.append(measure(case, options.runs, peer=not options.no_peer))
-        console.print(
-            f"{case.kind}, m {case.m:,}, {case.dead:.0%} dead, active {case.active}: {measured[-1].share:.2f} of the floor"
-        )
+        console.print(f"{case}: {measured[-1].share:.2f} of the floor")
     show(measured, console)
     about = f"d {options.d}, B {options.batch}, k {options.k}, fp32, {torch.get_num_threads()} threads. {machine()}"
     console.print(f"{about}, torch {torch.__version__}")
