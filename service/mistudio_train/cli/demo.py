@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mistudio_schemas import TopKSAE, TrainCompleted, TrainProgress, TrainRequested, new_job_id
+from mistudio_schemas import BatchTopKSAE, TrainCompleted, TrainProgress, TrainRequested, new_job_id
 from mistudio_train.settings import Settings
 
 from .display import Bars, say, show_end
@@ -97,7 +97,7 @@ def smollm2_inputs() -> Inputs:
         max_sequence_length=256,
         pooling="token",
         max_epochs=EPOCHS,
-        sae=TopKSAE(name="demo", k=16, hidden_dim=2048, learning_rate=3e-3, batch_size=1024),
+        sae=BatchTopKSAE(name="demo", k=16, hidden_dim=2048, learning_rate=3e-3, batch_size=1024),
     )
     return Inputs(model, texts, request)
 

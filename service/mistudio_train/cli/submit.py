@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mistudio_schemas import TrainRequested, new_job_id
+from mistudio_schemas import KINDS, TrainRequested, new_job_id
 from mistudio_train.settings import Settings
 
 from .environment import load_settings
@@ -18,7 +18,7 @@ commands = typer.Typer()
 
 
 @commands.command(
-    epilog="Example: mistudio-train submit --model-name gpt2 --corpus-file stories.txt --kind topk --k 32 --wait"
+    epilog="Example: mistudio-train submit --model-name gpt2 --corpus-file stories.txt --kind batchtopk --k 32 --wait"
 )
 def submit(
     context: typer.Context,
@@ -38,8 +38,8 @@ def submit(
     min_loss: Annotated[float | None, typer.Option(help="End early below this loss (standard kind).")] = None,
     gpu_id: Annotated[int | None, typer.Option(help="A particular GPU of the worker.")] = None,
     max_sequence_length: Annotated[int | None, typer.Option(help="Tokens a text or window.")] = None,
-    kind: Annotated[str | None, typer.Option(help="The SAE's kind: standard, topk.")] = None,
-    k: Annotated[int | None, typer.Option("--k", "-k", help="Latents kept a row (topk).")] = None,
+    kind: Annotated[str | None, typer.Option(help=f"The SAE's kind: {', '.join(KINDS)}.")] = None,
+    k: Annotated[int | None, typer.Option("--k", "-k", help="Latents kept a row (the topk family).")] = None,
     hook_site: Annotated[str | None, typer.Option(help="resid_post, mlp_out or attn_out.")] = None,
     pooling: Annotated[str | None, typer.Option(help="mean: a row a text; token: a row a token.")] = None,
     corpus_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
