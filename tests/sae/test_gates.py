@@ -9,7 +9,7 @@ from mistudio_train.sae import sparse
 from mistudio_train.sae.base import StepInput
 from mistudio_train.sae.build import build_sae
 from mistudio_train.sae.gated import GatedAutoencoder
-from mistudio_train.sae.gates import heaviside, jump_relu
+from mistudio_train.sae.gates import jump_relu
 from mistudio_train.sae.jumprelu import JumpReLUAutoencoder
 from mistudio_train.sae.recipe import Recipe
 from mistudio_train.sae.scaled import ScaledAutoencoder
@@ -112,20 +112,21 @@ def test_twenty_steps_equal_the_formulas_in_dense_matrices(
     assert trainer.steps == STEPS
 
 
-def test_jumps_and_their_estimates_by_hand() -> None:
-    pre = torch.tensor([0.5, 1.05, 0.95, 3.0], requires_grad=True)
-    threshold = torch.ones(4, requires_grad=True)
-    acts = jump_relu(pre, threshold, 0.2)
-    assert acts.tolist() == pytest.approx([0, 1.05, 0, 3])
-    (acts * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()  # type: ignore[no-untyped-call]
-    assert pre.grad is not None
-    assert threshold.grad is not None
-    assert pre.grad.tolist() == [0, 2, 0, 4]
-    assert threshold.grad.tolist() == pytest.approx([0, -10, -15, 0])
-    steps = heaviside(pre, threshold, 0.2)
-    assert steps.tolist() == [0, 1, 0, 1]
-    (slope,) = torch.autograd.grad(steps.sum(), threshold)
-    assert slope.tolist() == pytest.approx([0, -5, -5, 0])
+@pytest.mark.parametrize("everywhere", [False, True])
+def test_jumps_and_their_estimates_by_hand(everywhere: bool) -> None:
+    pre = torch.tensor([[0.5, 1.05], [0.95, 3.0]])
+    active = sparse.Everywhere(2, 2) if everywhere else sparse.Active.at(torch.arange(4), 2, 2)
+    values = active.pick(pre).clone().requires_grad_()
+    threshold = torch.ones(2, requires_grad=True)
+    acts, number = jump_relu(active, values, threshold, 0.2)
+    assert acts.flatten().tolist() == pytest.approx([0, 1.05, 0, 3])
+    assert number.item() == 2
+    slopes = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view_as(acts)
+    by_value, by_threshold = torch.autograd.grad((acts * slopes).sum(), (values, threshold), retain_graph=True)
+    assert by_value.flatten().tolist() == [0, 2, 0, 4]
+    assert by_threshold.tolist() == pytest.approx([-15, -10])
+    (by_threshold,) = torch.autograd.grad(number, threshold)
+    assert by_threshold.tolist() == pytest.approx([-5, -5])
 
 
 def trained(config: SAEConfig, epochs: int, rate: float = 1e-2) -> ScaledAutoencoder:

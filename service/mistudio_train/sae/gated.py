@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from .base import ACTIVE_ABOVE, StepInput, StepOutput
 from .folded import FoldedSAE, plain
+from .gates import gate
 from .scaled import ScaledAutoencoder
-from .sparse import Active, active_where, decode_at, encode_at, spread
+from .sparse import active_where, decode_at, encode_at
 
 
 class GatedAutoencoder(ScaledAutoencoder):
@@ -57,8 +58,8 @@ class GatedAutoencoder(ScaledAutoencoder):
             pre_BF = self._pre(centred_BD)
             active = active_where(pre_BF > 0)
         values_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc)
-        gate_N = values_N.relu()
-        acts_N = (gate_N > 0) * self._magnitudes(values_N, active).relu()
+        gain_F = self.r_mag.exp()
+        gate_N, acts_N = gate(active, values_N, gain_F, self.b_mag - gain_F * self.b_enc)
         z_hat_BD = decode_at(active, acts_N, self.W_dec) + self.b_dec
         gate_hat_BD = decode_at(active, gate_N, self.W_dec.detach()) + self.b_dec.detach()
         reconstruction_loss = functional.mse_loss(z_hat_BD, z_BD)
@@ -102,7 +103,3 @@ class GatedAutoencoder(ScaledAutoencoder):
             encoder_bias=plain(bias_F / scale),
             threshold=plain(threshold_F / scale),
         )
-
-    def _magnitudes(self, values_N: Tensor, active: Active) -> Tensor:
-        gain_N, bias_N = spread(active, self.r_mag.exp()), spread(active, self.b_mag)
-        return gain_N * (values_N - spread(active, self.b_enc)) + bias_N

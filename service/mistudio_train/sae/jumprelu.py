@@ -9,9 +9,9 @@ from torch.nn import functional
 
 from .base import ACTIVE_ABOVE, StepInput, StepOutput
 from .folded import FoldedSAE, plain
-from .gates import heaviside, jump_relu
+from .gates import jump_relu
 from .scaled import ScaledAutoencoder
-from .sparse import active_where, decode_at, encode_at, spread
+from .sparse import active_where, decode_at, encode_at
 
 TANH_SCALE = 4.0
 """Of the activations within the penalty's tanh (Conerly et al. 2025, "Dictionary Learning Optimization Techniques")."""
@@ -70,9 +70,8 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
             pre_BF = self._pre(centred_BD)
             active = active_where(pre_BF > self.threshold - self.bandwidth / 2)
         values_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc)
-        threshold_N = spread(active, self.threshold)
-        acts_N = jump_relu(values_N, threshold_N, self.bandwidth)
-        l0 = heaviside(values_N, threshold_N, self.bandwidth).sum() / len(z_BD)
+        acts_N, number = jump_relu(active, values_N, self.threshold, self.bandwidth)
+        l0 = number / len(z_BD)
         z_hat_BD = decode_at(active, acts_N, self.W_dec) + self.b_dec
         reconstruction_loss = functional.mse_loss(z_hat_BD, z_BD)
         sparsity_loss = self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * self._penalty(acts_N, l0, len(z_BD))

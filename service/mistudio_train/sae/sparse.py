@@ -171,7 +171,7 @@ class Everywhere(Active):
 
     def count_by_latent(self, which_BF: Tensor) -> Tensor:
         """On how many rows a condition holds for each latent: int64 [d_sae]."""
-        return which_BF.sum(0)
+        return which_BF.sum(0, dtype=torch.int32).long()  # three times as fast as with int64
 
     def sum_by_latent(self, values_BF: Tensor) -> Tensor:
         """The matrix' sum over rows: [d_sae]."""
@@ -200,7 +200,7 @@ class Everywhere(Active):
 
 def active_where(which_BF: Tensor) -> Active:
     """The places where a condition holds; where these are many, all places, so that values must still be masked."""
-    if which_BF.is_cuda or int(which_BF.sum()) > DENSE_ABOVE * which_BF.numel():
+    if which_BF.is_cuda or int(which_BF.count_nonzero()) > DENSE_ABOVE * which_BF.numel():
         return Everywhere(*which_BF.shape)
     return Active.at(which_BF.flatten().nonzero().squeeze(1), *which_BF.shape)
 
@@ -220,24 +220,6 @@ def decode_at(active: Active, values_N: Tensor, weight_FD: Tensor) -> Tensor:
     """S @ weight for the matrix S with these values at the active places: [B, d_in], with gradients of both."""
     decoded_BD: Tensor = _DecodeAt.apply(active, values_N, weight_FD)  # type: ignore[no-untyped-call]
     return decoded_BD
-
-
-def spread(active: Active, per_latent_F: Tensor) -> Tensor:
-    """A number of each latent at its active places: [N], with gradients."""
-    values_N: Tensor = _Spread.apply(active, per_latent_F)  # type: ignore[no-untyped-call]
-    return values_N
-
-
-class _Spread(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, active: Active, per_latent_F: Tensor) -> Tensor:
-        ctx.active = active
-        return active.per_place(per_latent_F)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, slope_N: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.active.sum_by_latent(slope_N)
 
 
 class _EncodeAt(torch.autograd.Function):
@@ -276,4 +258,5 @@ class _DecodeAt(torch.autograd.Function):
     def backward(ctx: Any, slope_BD: Tensor) -> tuple[Tensor | None, ...]:
         values_N, weight_FD = ctx.saved_tensors
         slope_BD = slope_BD.contiguous()
-        return None, ctx.active.products(slope_BD, weight_FD), ctx.active.transpose_times(values_N, slope_BD)
+        weight_slope_FD = ctx.active.transpose_times(values_N, slope_BD) if ctx.needs_input_grad[2] else None
+        return None, ctx.active.products(slope_BD, weight_FD), weight_slope_FD

@@ -23,6 +23,7 @@ from mistudio_train.sae.folded import FoldedSAE
 from mistudio_train.sae.recipe import Recipe
 from mistudio_train.sae.trainer import Trainer
 
+from .allocator import freed_memory_kept
 from .reporter import Reporter
 from .training_log import TrainingLog
 
@@ -124,7 +125,8 @@ def fit(
     seed = config.seed or 0
     trainer = Trainer(build_sae(config, rows.d_in), recipe, rows=rows.rows, device=device, seed=seed)
     state = kept.load()
-    with TrainingLog(log_path) as log, _threads_for(12 * recipe.batch_size * rows.d_in * (config.hidden_dim or 0)):
+    flop = 12 * recipe.batch_size * rows.d_in * (config.hidden_dim or 0)
+    with TrainingLog(log_path) as log, _threads_for(flop), freed_memory_kept():
         watch = _Watch(trainer, reporter, log, config.name or config.kind, steps_after)
         fitting = _Fitting(trainer, rows, kept, reporter, watch)
         if state is None:

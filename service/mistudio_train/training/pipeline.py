@@ -3,7 +3,6 @@
 Reads top to bottom as the job goes; each step's substance is in its own module.
 """
 
-import ctypes
 import os
 import shutil
 import time
@@ -23,6 +22,7 @@ from mistudio_train.messages import Finished, Lease, LeftEarly
 from mistudio_train.sae.build import recipe_for
 
 from .activations import ActivationStore
+from .allocator import give_back
 from .bundle_limits import refuse_hopeless
 from .checkpoints import Checkpoints, KeptTraining
 from .extract import Extraction, extract
@@ -226,11 +226,10 @@ def _steps(config: SAEConfig, store: ActivationStore, context: Context) -> int:
 
 
 def _free(plan: MemoryPlan) -> None:
-    """Give back what nobody uses: an allocator keeps it, in pieces that the next step's blocks may not fit into."""
+    """Give back what nobody uses, on the device and here."""
     if plan.device != "cpu":
         torch.cuda.empty_cache()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # the GNU library's
-        trim(0)
+    give_back()
 
 
 def _origin(model: LanguageModel, site: Site, request: TrainRequested, length: int) -> Origin:
