@@ -295,6 +295,17 @@ def test_a_loss_that_is_no_number_is_noticed(config: SAEConfig) -> None:
         trainer.end_epoch()
 
 
+@pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)
+def test_an_encoder_weight_that_is_no_number_shows_in_the_loss(config: SAEConfig) -> None:
+    x, trainer = rows(), trainer_of(config)
+    trainer.prepare(x)
+    with torch.no_grad():
+        trainer.sae.W_enc[3, 2] = torch.nan
+    trainer.step(x[:16])
+    with pytest.raises(TrainingDiverged, match="the loss is nan"):
+        trainer.measure()
+
+
 def test_a_weight_that_is_no_number_is_noticed_when_the_loss_still_is_one() -> None:
     trainer = trainer_of(KINDS[0])
     for batch in trainer.batches():

@@ -56,7 +56,7 @@ class GatedAutoencoder(ScaledAutoencoder):
         with torch.no_grad():
             centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
-            active = active_where(pre_BF > 0)
+            active = active_where(~(pre_BF <= 0))  # with what is no number, so that the loss shows it
         values_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc)
         gain_F = self.r_mag.exp()
         gate_N, acts_N = gate(active, values_N, gain_F, self.b_mag - gain_F * self.b_enc)

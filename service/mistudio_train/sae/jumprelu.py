@@ -68,7 +68,7 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
         with torch.no_grad():
             centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
-            active = active_where(pre_BF > self.threshold - self.bandwidth / 2)
+            active = active_where(~(pre_BF <= self.threshold - self.bandwidth / 2))  # with what is no number
         values_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc)
         acts_N, number = jump_relu(active, values_N, self.threshold, self.bandwidth)
         l0 = number / len(z_BD)
