@@ -15,6 +15,8 @@ from mistudio_train.sae.recipe import Recipe
 from mistudio_train.sae.scaled import ScaledAutoencoder
 from mistudio_train.sae.trainer import Trainer
 
+from .reference import update
+
 D_IN, D_SAE, BATCH, STEPS = 10, 40, 32, 20
 BANDWIDTH = 0.4
 KINDS: list[SAEConfig] = [
@@ -93,16 +95,7 @@ def test_twenty_steps_equal_the_formulas_in_dense_matrices(
     adam = torch.optim.Adam(weights.values(), lr=1.0)
     for batch in trainer.batches():
         loss = dense_loss(sae, weights, x[batch], StepInput(x[batch], trainer.steps, trainer.total_steps))
-        adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        slope, decoder = weights["W_dec"].grad, weights["W_dec"]
-        assert slope is not None
-        slope -= ((slope * decoder).sum(1, keepdim=True) * decoder).detach()
-        torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-        adam.param_groups[0]["lr"] = recipe.learning_rate_at(trainer.steps, trainer.total_steps)
-        adam.step()
-        with torch.no_grad():
-            decoder /= decoder.norm(dim=1, keepdim=True)
+        update(weights.values(), weights["W_dec"], adam, loss, trainer)
         trainer.step(x[batch])
         figures = trainer.measure()
         assert figures is not None

@@ -15,6 +15,8 @@ from mistudio_train.sae.matryoshka import MatryoshkaAutoencoder
 from mistudio_train.sae.recipe import Recipe
 from mistudio_train.sae.trainer import Trainer
 
+from .reference import update
+
 D_IN, D_SAE, K, BATCH, STEPS = 10, 40, 4, 32, 20
 KINDS: list[SAEConfig] = [
     TopKSAE(hidden_dim=D_SAE, seed=4, k=K),
@@ -80,16 +82,7 @@ def test_twenty_steps_equal_the_formulas_in_dense_matrices(config: SAEConfig) ->
     aux_losses = []
     for batch in trainer.batches():
         reconstruction, aux = dense.losses(x[batch], trainer._dead_latents())
-        adam.zero_grad()
-        (reconstruction + aux).backward()  # type: ignore[no-untyped-call]
-        slope, decoder = dense.weights[2].grad, dense.weights[2]
-        assert slope is not None
-        slope -= ((slope * decoder).sum(1, keepdim=True) * decoder).detach()
-        torch.nn.utils.clip_grad_norm_(dense.weights, 1.0)
-        adam.param_groups[0]["lr"] = recipe.learning_rate_at(trainer.steps, trainer.total_steps)
-        adam.step()
-        with torch.no_grad():
-            decoder /= decoder.norm(dim=1, keepdim=True)
+        update(dense.weights, dense.weights[2], adam, reconstruction + aux, trainer)
         trainer.step(x[batch])
         figures = trainer.measure()
         assert figures is not None

@@ -11,7 +11,7 @@ from .base import ACTIVE_ABOVE, StepInput, StepOutput
 from .folded import FoldedSAE, plain
 from .gates import gate
 from .scaled import ScaledAutoencoder
-from .sparse import active_where, decode_at, encode_at
+from .sparse import active_where, decode_at
 
 
 class GatedAutoencoder(ScaledAutoencoder):
@@ -57,7 +57,7 @@ class GatedAutoencoder(ScaledAutoencoder):
             centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
             active = active_where(~(pre_BF <= 0))  # with what is no number, so that the loss shows it
-        values_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc)
+        values_N = self.values_at(active, pre_BF, centred_BD)
         gain_F = self.r_mag.exp()
         gate_N, acts_N = gate(active, values_N, gain_F, self.b_mag - gain_F * self.b_enc)
         z_hat_BD = decode_at(active, acts_N, self.W_dec) + self.b_dec

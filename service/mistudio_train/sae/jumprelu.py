@@ -11,7 +11,7 @@ from .base import ACTIVE_ABOVE, StepInput, StepOutput
 from .folded import FoldedSAE, plain
 from .gates import jump_relu
 from .scaled import ScaledAutoencoder
-from .sparse import active_where, decode_at, encode_at
+from .sparse import active_where, decode_at
 
 TANH_SCALE = 4.0
 """Of the activations within the penalty's tanh (Conerly et al. 2025, "Dictionary Learning Optimization Techniques")."""
@@ -69,7 +69,7 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
             centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
             active = active_where(~(pre_BF <= self.threshold - self.bandwidth / 2))  # with what is no number
-        values_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc)
+        values_N = self.values_at(active, pre_BF, centred_BD)
         acts_N, number = jump_relu(active, values_N, self.threshold, self.bandwidth)
         l0 = number / len(z_BD)
         z_hat_BD = decode_at(active, acts_N, self.W_dec) + self.b_dec

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from .base import ACTIVE_ABOVE, StepInput, StepOutput
 from .scaled import ScaledAutoencoder
-from .sparse import Active, decode_at, encode_at
+from .sparse import Active, decode_at
 
 
 class KSparseAutoencoder(ScaledAutoencoder):
@@ -44,7 +44,7 @@ class KSparseAutoencoder(ScaledAutoencoder):
             centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
             active = self.choose(pre_BF)
-        values_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc).relu()
+        values_N = self.values_at(active, pre_BF, centred_BD).relu()
         reconstruction_loss, z_hat_BD = self.reconstruction_loss(active, values_N, z_BD)
         aux_loss = self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
         is_active_N = values_N.detach() > ACTIVE_ABOVE

@@ -94,17 +94,14 @@ class ScaledAutoencoder(SparseAutoencoder):
     def _pre(self, centred_BD: Tensor) -> Tensor:
         """The p of z - b_dec, in the same memory at every step: fresh memory of this size costs a fifth more."""
         rows, memory = len(centred_BD), self._pre_memory
-        if (
-            memory is None
-            or len(memory) < rows
-            or (memory.dtype, memory.device)
-            != (
-                centred_BD.dtype,
-                centred_BD.device,
-            )
-        ):
+        as_before = memory is not None and (memory.dtype, memory.device) == (centred_BD.dtype, centred_BD.device)
+        if memory is None or not as_before or len(memory) < rows:
             memory = self._pre_memory = centred_BD.new_empty(rows, self.d_sae)
         return torch.addmm(self.b_enc, centred_BD, self.W_enc.T, out=memory[:rows])
+
+    def values_at(self, active: Active, pre_BF: Tensor, centred_BD: Tensor) -> Tensor:
+        """The p at the active places, with gradients of b_dec and of the encoder."""
+        return encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc)
 
     def aux_k_loss(self, pre_BF: Tensor, centred_BD: Tensor, residual_BD: Tensor, dead_F: Tensor | None) -> Tensor:
         """L_aux, c included; its gradient reaches the decoder and, through the values, the encoder."""
@@ -116,7 +113,7 @@ class ScaledAutoencoder(SparseAutoencoder):
         with torch.no_grad():
             active = Active.same_number(self._largest_dead(pre_BF, dead_F), self.d_sae)
             is_dead_N = dead_F[active.latents_N]
-        values_N = encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc).relu() * is_dead_N
+        values_N = self.values_at(active, pre_BF, centred_BD).relu() * is_dead_N
         error = (decode_at(active, values_N, self.W_dec) - residual_BD).square().sum()
         energy = residual_BD.square().sum().clamp_min(torch.finfo(residual_BD.dtype).tiny)
         return self.aux_k_coeff * (dead_F.sum() / self.k_aux).clamp_max(1) * error / energy
