@@ -238,7 +238,9 @@ class Deeds:
     async def _stop(self, worker: Worker) -> None:
         worker.ended_by = "term"
         status = await self._world.stop(worker)
-        if status != 0:
+        if _was_trapped(worker, status):  # on its way out
+            self._note_trap("worker", worker)
+        elif status != 0:
             self.violations.append(f"{worker.name} ended with status {status} when it was told to stop: {worker.log}")
 
     async def _join(self) -> None:
@@ -280,16 +282,22 @@ class Deeds:
     async def _see_off(self, worker: Worker) -> None:
         """A worker that has died: why, and what it has left running."""
         if worker.ended_by is None:
-            if worker.trap is not None and worker.trap.sprung and worker.process.returncode == -signal.SIGKILL:
+            status = worker.process.returncode
+            if _was_trapped(worker, status):
                 self._note_trap("worker", worker)
             else:
-                status = worker.process.returncode
                 self.violations.append(f"{worker.name} ended by itself with status {status}: {worker.log}")
         try:
             await until(lambda: not worker.children, CHILD_GONE_SECONDS, "its child is gone")
         except TimeoutError:
             pids = [child.pid for child in worker.children]
             self.violations.append(f"the children {pids} of {worker.name} outlive it: {worker.log}")
+
+
+def _was_trapped(worker: Worker, status: int | None) -> bool:
+    """Whether a worker that ended with this status was killed by its own trap."""
+    trap = worker.trap
+    return trap is not None and trap.victim == "worker" and trap.sprung and status == -signal.SIGKILL
 
 
 def _kill(child: Child) -> None:
