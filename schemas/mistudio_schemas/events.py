@@ -87,9 +87,55 @@ class CorpusInfo(Contract):
     sha256: Sha256
 
 
-class SAEMetrics(Contract):
-    """How good an SAE is, over all rows it was trained on. `null`: not defined for this data."""
+class RowsInfo(Contract):
+    """What became of the rows of activations at one site."""
 
+    total: int
+    training: int
+    """Trained on."""
+    held_out: int
+    """Of texts that no SAE is trained on: the figures are of these."""
+    left_out: int
+    """Neither trained on nor judged by, as the request's `left_out` says."""
+    first_token: int
+    """Those that are the first token that the model sees; found also where they are not left out."""
+    high_norm: int
+    """Others whose norm is above `high_norm_ratio` times the median."""
+    median_norm: float | None = None
+    """Of the rows' norms; `null` where a row is a whole text."""
+
+
+class CrossEntropy(Contract):
+    """What the language model loses when rows are replaced, in nats a predicted token, on held-out texts."""
+
+    tokens: int
+    """Predicted ones."""
+    masked: bool
+    """Whether masked tokens were predicted (an encoder), or each next one."""
+    clean: float
+    """Nothing replaced."""
+    spliced: float
+    """Rows replaced by their reconstructions."""
+    zero: float
+    """Rows replaced by zero."""
+    mean: float
+    """Rows replaced by their mean over the training rows."""
+    recovered_zero: float | None
+    """(zero - spliced) / (zero - clean)."""
+    recovered_mean: float | None
+    """(mean - spliced) / (mean - clean)."""
+
+
+class SAEMetrics(Contract):
+    """How good an SAE is, on the held-out rows; where there are none, on the rows it was trained on.
+
+    `null`: not defined for this data. Rows that were left out of training count only where it says so.
+    """
+
+    held_out: bool | None = None
+    """Whether the rows were held out."""
+    rows: int | None = None
+    """How many they are."""
     final_loss: float | None
     """Mean training loss of the last epoch, of the weights that are saved."""
     mse: float | None
@@ -105,7 +151,23 @@ class SAEMetrics(Contract):
     fraction_active: float | None
     """l0 / d_sae: what the seed calls sparsity."""
     dead_share: float | None
-    """Share of the latents that are active on no row."""
+    """Share of the latents that are active on none of these rows."""
+    never_active_share: float | None = None
+    """Share of the latents that are active on no row at all, training rows included."""
+    training_fvu: float | None = None
+    """`fvu` on the rows it was trained on; much lower than `fvu`: it knows them by heart."""
+    fvu_ordinary: float | None = None
+    """`fvu` without first tokens and high norms, also where these were trained on."""
+    fvu_outliers: float | None = None
+    """Of first tokens and high norms, held out or not."""
+    outliers_variance_share: float | None = None
+    """Their share of the variance of all rows."""
+    firing_histogram: list[int] | None = None
+    """Numbers of latents by the share of all rows that they are active on: never, below 1e-6, then twelve bins of half
+    a power of ten up to 1."""
+    cross_entropy: CrossEntropy | None = None
+    """With the reconstruction in the language model's place; `null`: of whole texts, or no text was held out, or there
+    was no room."""
 
 
 class SAEResult(Contract):
@@ -121,6 +183,7 @@ class SAEResult(Contract):
     steps: int
     stop_reason: str
     """`max_epochs`, `min_loss`, `no_improvement` or `stopped` (as a control asked)."""
+    rows: RowsInfo | None = None
     metrics: SAEMetrics
     prefix: str
     """URI of the folder of its files."""
@@ -169,6 +232,9 @@ class TrainProgress(StatusFields):
     l0: float | None = None
     """Mean number of active latents a row, of the last step that was measured."""
     dead_share: float | None = None
+    held_out_fvu: float | None = None
+    """Fraction of variance unexplained on held-out rows, as measured last; `null` where none are held out."""
+    held_out_l0: float | None = None
     memory_allocated_bytes: int | None = None
     """GPU memory of the job, or the child's resident memory on a CPU."""
     memory_peak_bytes: int | None = None

@@ -23,6 +23,8 @@ from .sae import HookSite, KSparseFields, SAEConfig, StandardSAE
 
 JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 DEFAULT_LAYER = 12
+HELD_OUT = 0.05
+"""Share of the texts."""
 
 
 def new_job_id() -> str:
@@ -91,6 +93,17 @@ class TrainRequested(Contract):
     """Let the special tokens that the tokenizer adds count as real tokens."""
     token_budget: int | None = Field(None, ge=1)
     """Extract at most about this many tokens; whole texts, in the corpus' order."""
+    held_out: float | None = Field(None, ge=0, le=0.5)
+    """Share of the texts that no SAE is trained on and all are judged by; `null`: 0.05, or 0 of the seed's requests."""
+    left_out: list[Literal["first_token", "high_norm"]] = ["first_token", "high_norm"]
+    """Tokens that no SAE is trained on nor judged by, as attention sinks are so large: the first that the model sees of
+    a sequence, if it is no special one; those of a high norm. They are counted in either case."""
+    high_norm_ratio: float = Field(3.0, gt=1)
+    """A norm is high above so many times the median of all tokens' norms."""
+    shuffle_bytes: int = Field(256 * 1024**2, ge=1024**2)
+    """Size of the buffer that rows are shuffled in; two are held where not all rows fit into one."""
+    cross_entropy_tokens: int = Field(8192, ge=0)
+    """Held-out tokens that the language model predicts with each SAE in its place; 0: none."""
     sae: SAEConfig | None = None
     """The SAE; `null`: the seed's `standard` kind with the fields above."""
     saes: Annotated[list[SAEConfig], Field(min_length=1, max_length=32)] | None = None
@@ -196,6 +209,13 @@ class TrainRequested(Contract):
     def names_layer(self) -> bool:
         """Whether the requester chose the layer, so that one the model has not is refused and not adjusted."""
         return "layer_number" in self.model_fields_set
+
+    @property
+    def held_out_share(self) -> float:
+        """Of the texts. The seed held nothing out, and its requests mean what they meant."""
+        if self.held_out is not None:
+            return self.held_out
+        return 0.0 if self.sae is None and self.saes is None else HELD_OUT
 
     def resolved_saes(self) -> list[SAEConfig]:
         """The SAEs with every inherited field filled in and a name each, the primary one first.

@@ -15,6 +15,7 @@ from mistudio_train.sae.recipe import Recipe
 from mistudio_train.sae.scaled import ScaledAutoencoder
 from mistudio_train.sae.trainer import Trainer
 
+from .batches import batches_of
 from .reference import update
 
 D_IN, D_SAE, BATCH, STEPS = 10, 40, 32, 20
@@ -93,7 +94,7 @@ def test_twenty_steps_equal_the_formulas_in_dense_matrices(
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in sae.named_parameters()}
     trainer = Trainer(sae, recipe, rows=len(x), device="cpu", seed=0)
     adam = torch.optim.Adam(weights.values(), lr=1.0)
-    for batch in trainer.batches():
+    for batch in batches_of(trainer):
         loss = dense_loss(sae, weights, x[batch], StepInput(x[batch], trainer.steps, trainer.total_steps))
         update(weights.values(), weights["W_dec"], adam, loss, trainer)
         trainer.step(x[batch])
@@ -127,7 +128,7 @@ def trained(config: SAEConfig, epochs: int, rate: float = 1e-2) -> ScaledAutoenc
     recipe = Recipe(rate, 64, max_epochs=epochs, dead_after_rows=10**6, grad_clip=1.0, decay=0.2)
     trainer = Trainer(sae, recipe, rows=len(x), device="cpu", seed=0)
     for _ in range(epochs):
-        for batch in trainer.batches():
+        for batch in batches_of(trainer):
             trainer.step(x[batch])
         trainer.end_epoch()
     return sae

@@ -15,6 +15,7 @@ from mistudio_train.sae.matryoshka import MatryoshkaAutoencoder
 from mistudio_train.sae.recipe import Recipe
 from mistudio_train.sae.trainer import Trainer
 
+from .batches import batches_of
 from .reference import update
 
 D_IN, D_SAE, K, BATCH, STEPS = 10, 40, 4, 32, 20
@@ -80,7 +81,7 @@ def test_twenty_steps_equal_the_formulas_in_dense_matrices(config: SAEConfig) ->
     trainer = Trainer(sae, recipe, rows=len(x), device="cpu", seed=0)
     adam = torch.optim.Adam(dense.weights, lr=1.0)
     aux_losses = []
-    for batch in trainer.batches():
+    for batch in batches_of(trainer):
         reconstruction, aux = dense.losses(x[batch], trainer._dead_latents())
         update(dense.weights, dense.weights[2], adam, reconstruction + aux, trainer)
         trainer.step(x[batch])
@@ -110,7 +111,7 @@ def trained(config: SAEConfig, change: Callable[[KSparseAutoencoder], None] = la
     recipe = Recipe(1e-2, BATCH, max_epochs=4, dead_after_rows=10**6, grad_clip=1.0)
     trainer = Trainer(sae, recipe, rows=len(x), device="cpu", seed=0)
     for _ in range(4):
-        for batch in trainer.batches():
+        for batch in batches_of(trainer):
             trainer.step(x[batch])
         trainer.end_epoch()
     return sae

@@ -12,6 +12,8 @@ from mistudio_train.sae.recipe import Recipe
 from mistudio_train.sae.standard import StandardAutoencoder
 from mistudio_train.sae.trainer import Trainer
 
+from .batches import batches_of
+
 D_IN, D_SAE, COEFF, LEARNING_RATE = 12, 40, 1e-3, 1e-3
 
 
@@ -65,7 +67,7 @@ def test_twenty_steps_equal_the_formulas_written_by_hand() -> None:
         Trainer(standard(), recipe, rows=len(rows), device="cpu", seed=0),
         Reference(torch.Generator().manual_seed(3)),
     )
-    for batch in trainer.batches():
+    for batch in batches_of(trainer):
         expected_reconstruction, expected_sparsity = reference.step(rows[batch])
         trainer.step(rows[batch])
         figures = trainer.measure()

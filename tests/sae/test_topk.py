@@ -12,6 +12,8 @@ from mistudio_train.sae.statistics import FeatureStatistics
 from mistudio_train.sae.topk import TopKAutoencoder
 from mistudio_train.sae.trainer import Trainer
 
+from .batches import batches_of
+
 
 def topk(d_in: int = 8, d_sae: int = 24, k: int = 3, aux_k_coeff: float = 1 / 32) -> TopKAutoencoder:
     return TopKAutoencoder(d_in, d_sae, aux_k_coeff, k=k, generator=torch.Generator().manual_seed(5))
@@ -175,7 +177,7 @@ def trained(x: Tensor, epochs: int) -> TopKAutoencoder:
 def train(trainer: Trainer, x: Tensor) -> None:
     stop_reason = None
     while stop_reason is None:
-        for batch in trainer.batches():
+        for batch in batches_of(trainer):
             trainer.step(x[batch])
         stop_reason = trainer.end_epoch().stop_reason
 

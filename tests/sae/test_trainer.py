@@ -15,6 +15,8 @@ from mistudio_train.sae.figures import EpochFigures
 from mistudio_train.sae.recipe import Recipe
 from mistudio_train.sae.trainer import Trainer
 
+from .batches import batches_of
+
 ROWS, D_IN, D_SAE = 70, 6, 20
 
 KINDS: list[SAEConfig] = [
@@ -51,7 +53,7 @@ def trainer_of(config: SAEConfig, seed: int = 0, **changes: Any) -> Trainer:
 
 
 def epoch_of(trainer: Trainer, x: Tensor) -> EpochFigures:
-    for batch in trainer.batches():
+    for batch in batches_of(trainer):
         trainer.step(x[batch])
     return trainer.end_epoch()
 
@@ -87,7 +89,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(config: SAEConfig, stop_at: in
     def run(trainer: Trainer, until: int) -> list[EpochFigures]:
         figures: list[EpochFigures] = []
         while trainer.steps < until:
-            for batch in trainer.batches():
+            for batch in batches_of(trainer):
                 if trainer.steps == until:
                     return figures
                 trainer.step(x[batch])
@@ -132,28 +134,6 @@ def test_the_same_seed_gives_the_same_weights(config: SAEConfig) -> None:
     assert_same(weights(1), weights(1))
     with pytest.raises(AssertionError):
         assert_same(weights(1), weights(2))
-
-
-def test_an_epochs_order_depends_on_seed_and_epoch_and_on_nothing_that_has_happened() -> None:
-    def order(trainer: Trainer, epoch: int) -> list[int]:
-        return list(trainer.order(epoch).at(0, ROWS))
-
-    trainer = trainer_of(KINDS[0])
-    first = order(trainer, 3)
-    epoch_of(trainer, rows())
-    assert first == order(trainer, 3)
-    assert first != order(trainer, 4)
-    assert first != order(trainer_of(KINDS[0], seed=1), 3)
-
-
-def test_batches_hold_every_row_once_and_go_on_where_the_epoch_stands() -> None:
-    trainer, x = trainer_of(KINDS[0]), rows()
-    batches = [batch.tolist() for batch in trainer.batches()]
-    assert [len(batch) for batch in batches] == [16, 16, 16, 16, 6]
-    assert sorted(row for batch in batches for row in batch) == list(range(ROWS))
-    trainer.step(x[batches[0]])
-    assert trainer.rows_done == 16
-    assert [batch.tolist() for batch in trainer.batches()] == batches[1:]
 
 
 def test_an_epoch_that_is_not_whole_cannot_be_closed() -> None:
@@ -207,7 +187,7 @@ def test_measuring_covers_the_steps_since_the_last_time() -> None:
 
 def test_measuring_changes_nothing() -> None:
     first, second = trainer_of(KINDS[1]), trainer_of(KINDS[1])
-    for batch in first.batches():
+    for batch in batches_of(first):
         first.step(rows()[batch])
         second.step(rows()[batch])
         second.measure()
@@ -230,7 +210,7 @@ def test_a_latent_counts_as_dead_after_so_many_rows() -> None:
 def test_rarely_active_latents_start_again_with_fresh_moments() -> None:
     x, trainer = rows(), trainer_of(KINDS[0], reinitialize_dead_every=1)
     bury(trainer, 5)
-    for batch in trainer.batches():
+    for batch in batches_of(trainer):
         trainer.step(x[batch])
     before = copy.deepcopy(trainer.state_dict())
     figures = trainer.end_epoch()
@@ -287,7 +267,7 @@ def test_a_loss_that_is_no_number_is_noticed(config: SAEConfig) -> None:
     x = rows()
     x[3, 2] = float("inf")
     trainer = trainer_of(config)
-    for batch in trainer.batches():
+    for batch in batches_of(trainer):
         trainer.step(x[batch])
     with pytest.raises(TrainingDiverged, match="the loss is"):
         trainer.measure()
@@ -308,7 +288,7 @@ def test_an_encoder_weight_that_is_no_number_shows_in_the_loss(config: SAEConfig
 
 def test_a_weight_that_is_no_number_is_noticed_when_the_loss_still_is_one() -> None:
     trainer = trainer_of(KINDS[0])
-    for batch in trainer.batches():
+    for batch in batches_of(trainer):
         trainer.step(rows()[batch])
     with torch.no_grad():
         trainer.sae.b_dec[0] = float("nan")

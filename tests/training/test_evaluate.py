@@ -39,6 +39,7 @@ def sae(d_in: int, d_sae: int) -> FoldedSAE:
 @pytest.mark.parametrize(("d_in", "d_sae"), [(512, 64), (64, 4096), (768, 32768)])
 def test_a_block_is_bounded_by_the_rows_width_as_well_as_by_the_number_of_features(d_in: int, d_sae: int) -> None:
     rows = Rows(d_in)
-    next(Evaluation(sae(d_in, d_sae), rows, torch.device("cpu"), lambda done: None).text_blocks(2, mean_pooled=True))
+    evaluation = Evaluation(sae(d_in, d_sae), rows, np.zeros(2, np.uint8), 0, torch.device("cpu"), lambda done: None)
+    next(evaluation.text_blocks(2, mean_pooled=True))
     held = rows.asked * (4 * d_sae + 8 * FP64_COPIES * d_in)
     assert BLOCK_BYTES * 0.9 < held <= BLOCK_BYTES

@@ -3,7 +3,7 @@
 Owns the definitions of these figures; must not run an SAE, and must not decide what to do about a bad one.
 """
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -13,6 +13,9 @@ from mistudio_schemas import SAEMetrics
 from mistudio_train.errors import TrainingDiverged
 
 from .base import ACTIVE_ABOVE, RARE_BELOW
+
+FIRING_EDGES: Final = tuple(10 ** (exponent / 2) for exponent in range(-12, 1))
+"""Of the firing histogram: 1e-6 to 1 in half powers of ten."""
 
 
 class FeatureStatistics:
@@ -32,7 +35,8 @@ class FeatureStatistics:
         self._active_rows_F = torch.zeros(d_sae, dtype=torch.int64, device=device)
         self._sum_F = zeros(d_sae)
         self._max_F = zeros(d_sae)
-        self._mean_D = zeros(d_in)
+        self.mean_D = zeros(d_in)
+        """Of the rows, fp64."""
         self._squared_deviation_D = zeros(d_in)
         self._squared_error = zeros()
         self._cosine_sum = zeros()
@@ -63,10 +67,11 @@ class FeatureStatistics:
         if self.rows == 0:
             return SAEMetrics(**dict.fromkeys(SAEMetrics.model_fields))
         self._refuse_non_finite()
-        squared_error, fvu = float(self._squared_error), self._fvu()
+        squared_error, fvu = float(self._squared_error), self.fvu()
         l0 = int(self._active_rows_F.sum()) / self.rows
         cosine_rows = float(self._cosine_rows)
         return SAEMetrics(
+            rows=self.rows,
             final_loss=final_loss,
             mse=squared_error / (self.rows * self.d_in),
             fvu=fvu,
@@ -74,8 +79,46 @@ class FeatureStatistics:
             cosine=float(self._cosine_sum) / cosine_rows if cosine_rows else None,
             l0=l0,
             fraction_active=l0 / self.d_sae,
-            dead_share=self._dead() / self.d_sae,
+            dead_share=self.dead / self.d_sae,
         )
+
+    def fvu(self) -> float | None:
+        """Sum ||x - x̂||² / sum ||x - mean(x)||²; `None` where rows differ by rounding only."""
+        variance = self.variance
+        energy = variance + self.rows * float(self.mean_D.square().sum())
+        return float(self._squared_error) / variance if variance > 1e-24 * energy else None
+
+    @property
+    def variance(self) -> float:
+        """Sum ||x - mean(x)||² over the rows."""
+        return float(self._squared_deviation_D.sum())
+
+    def squared_deviation_from(self, centre_D: Tensor) -> float:
+        """Sum ||x - centre||² over the rows."""
+        return self.variance + self.rows * float((self.mean_D - centre_D).square().sum())
+
+    def firing_histogram(self) -> list[int]:
+        """Numbers of features by the share of the rows that they are active on: never, below the first edge, bins."""
+        if not self.rows:
+            return [self.d_sae] + [0] * len(FIRING_EDGES)
+        rates_F = self._active_rows_F.double().cpu() / self.rows
+        alive_N = rates_F[rates_F > 0]
+        bins = torch.bucketize(alive_N, torch.tensor(FIRING_EDGES[:-1], dtype=torch.float64), right=True)
+        return [self.dead, *torch.bincount(bins, minlength=len(FIRING_EDGES)).tolist()]
+
+    def add(self, other: "FeatureStatistics") -> None:
+        """Count what another one has counted, of other rows."""
+        if not other.rows:
+            return
+        self._active_rows_F += other._active_rows_F
+        self._sum_F += other._sum_F
+        self._max_F = torch.maximum(self._max_F, other._max_F)
+        self._merge_variance(other.mean_D, other._squared_deviation_D, other.rows)
+        self._squared_error += other._squared_error
+        self._cosine_sum += other._cosine_sum
+        self._cosine_rows += other._cosine_rows
+        self.rows += other.rows
+        self.batches += other.batches
 
     def result(self) -> dict[str, Any]:
         """The seed's feature statistics, plain Python numbers and lists. Rates and means are over all rows.
@@ -90,8 +133,8 @@ class FeatureStatistics:
         rates_F = self._active_rows_F.double() / max(self.rows, 1)
         return {
             "total_features": self.d_sae,
-            "active_features_count": self.d_sae - self._dead(),
-            "dead_features_count": self._dead(),
+            "active_features_count": self.d_sae - self.dead,
+            "dead_features_count": self.dead,
             "rarely_active_features_count": int((self._active_rows_F < RARE_BELOW * self.rows).sum()),
             "avg_activation_frequency": float(rates_F.mean()),
             "feature_activation_rates": rates_F.tolist(),
@@ -108,25 +151,23 @@ class FeatureStatistics:
         self._max_F = torch.maximum(self._max_F, acts_BF.amax(0).double())
 
     def _count_variance(self, rows_BD: Tensor) -> None:
-        """Merge a batch's mean and squared deviations (Chan, Golub and LeVeque 1979): no difference of large sums."""
-        count, total = len(rows_BD), self.rows + len(rows_BD)
-        batch_mean_D = rows_BD.mean(0)
-        shift_D = batch_mean_D - self._mean_D
-        self._squared_deviation_D += (rows_BD - batch_mean_D).square().sum(0)
-        self._squared_deviation_D += shift_D.square() * (self.rows * count / total)
-        self._mean_D += shift_D * (count / total)
+        mean_D = rows_BD.mean(0)
+        self._merge_variance(mean_D, (rows_BD - mean_D).square().sum(0), len(rows_BD))
 
-    def _fvu(self) -> float | None:
-        """Sum ||x - x̂||² / sum ||x - mean(x)||²; `None` where rows differ by rounding only."""
-        variance = float(self._squared_deviation_D.sum())
-        energy = variance + self.rows * float(self._mean_D.square().sum())
-        return float(self._squared_error) / variance if variance > 1e-24 * energy else None
+    def _merge_variance(self, mean_D: Tensor, squared_deviation_D: Tensor, count: int) -> None:
+        """Of other rows (Chan, Golub and LeVeque 1979): no difference of large sums."""
+        total = self.rows + count
+        shift_D = mean_D - self.mean_D
+        self._squared_deviation_D += squared_deviation_D + shift_D.square() * (self.rows * count / total)
+        self.mean_D += shift_D * (count / total)
 
-    def _dead(self) -> int:
+    @property
+    def dead(self) -> int:
+        """Features that are active on no row."""
         return int((self._active_rows_F == 0).sum())
 
     def _refuse_non_finite(self) -> None:
-        sums = (self._sum_F, self._max_F, self._mean_D, self._squared_error, self._cosine_sum)
+        sums = (self._sum_F, self._max_F, self.mean_D, self._squared_error, self._cosine_sum)
         if not all(bool(torch.isfinite(total).all()) for total in sums):
             raise TrainingDiverged(
                 "A row, a reconstruction or an activation is NaN or infinite.",

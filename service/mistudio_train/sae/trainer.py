@@ -3,22 +3,19 @@
 Owns the optimiser, schedule, counters and generators; must not read rows from anywhere, and never asks for the kind.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .base import RARE_BELOW, SparseAutoencoder, StepInput
 from .figures import EpochFigures, StepFigures, Sums, diverged
-from .order import RowOrder
 from .recipe import EarlyStopping, Recipe
 
 
 class Trainer:
-    """Call `prepare` once; then for every epoch `step` with the rows of each of `batches()`, and `end_epoch`.
+    """Call `prepare` once; then for every epoch `step` with batches of all the rows, and `end_epoch`.
 
     What the seed leaves open about re-initialisation is decided here: the frequency is counted over the epoch's own
     steps, in training; it happens by the recipe's `reinitialize_dead_every`, never once training is over; and Adam's
@@ -28,7 +25,7 @@ class Trainer:
     def __init__(
         self, sae: SparseAutoencoder, recipe: Recipe, *, rows: int, device: torch.device | str, seed: int
     ) -> None:
-        """Move `sae` to `device`, to be trained on `rows` rows an epoch; `seed` fixes their order and all draws."""
+        """Move `sae` to `device`, to be trained on `rows` rows an epoch; `seed` fixes all draws."""
         self.sae = sae.to(device)
         self.recipe = recipe
         self.rows = rows
@@ -57,14 +54,6 @@ class Trainer:
     def prepare(self, sample_ND: Tensor) -> None:
         """Show the SAE a first sample of rows, before any step; not again after resuming."""
         self.sae.prepare(sample_ND.to(self.device))
-
-    def order(self, epoch: int) -> RowOrder:
-        """The order of the rows in an epoch, which depends on the seed, the epoch and the number of rows alone."""
-        return RowOrder(self.rows, (self.seed, epoch))
-
-    def batches(self) -> Iterator[NDArray[np.int64]]:
-        """Row numbers of each batch that the epoch in progress still needs; the last may be smaller."""
-        return self.order(self.epoch).batches(self.recipe.batch_size, self.rows_done)
 
     def step(self, x_BD: Tensor) -> None:
         """One update from a batch of rows, on any device and in any float type. Does not wait for the device."""

@@ -191,12 +191,15 @@ class ActivationStore:
     def read(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop`: fp32, in memory of their own."""
         rows_ND = torch.empty(stop - start, self.d_in, dtype=self.layout.dtype)
-        buffer = _bytes_of(rows_ND)
+        self.read_into(_bytes_of(rows_ND), start, stop)
+        return rows_ND.to(torch.float32)
+
+    def read_into(self, buffer: memoryview, start: int, stop: int) -> None:
+        """The bytes of rows `start` to `stop`, as they lie there, into a buffer of their size."""
         size = self.layout.row_bytes
         for shard, row, count in self.layout.pieces(start, stop):
             part, buffer = buffer[: count * size], buffer[count * size :]
             _read_all(self._shards[shard], part, row * size)
-        return rows_ND.to(torch.float32)
 
     def close(self) -> None:
         """Let the shards go, as is done in the end anyway; reading afterwards fails."""

@@ -11,25 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mistudio_schemas import CrossEntropy, SAEMetrics
 from mistudio_train.sae.folded import FoldedSAE
 from mistudio_train.sae.statistics import FeatureStatistics
 
 from .bundle import Block
 from .features import TokenFeatures
+from .selection import HELD_OUT, OUTLIER, Labels
 from .text_rows import one_row_a_text
 
 BLOCK_BYTES = 8 * 1024**2
 """Of one block: dense features and, more where there are few features, the rows' fp64 copies in the statistics."""
 FP64_COPIES = 4
 """Of the rows and their reconstructions, held at once."""
-
-
-class Labels(Protocol):
-    """A number for each row, of which some are read at a time."""
-
-    def __getitem__(self, rows: slice, /) -> NDArray[Any]:
-        """Of these rows."""
-        ...
 
 
 class OrderedRows(Protocol):
@@ -64,17 +58,57 @@ class Evaluation:
     """One SAE on one site's rows.
 
     Args:
+        flags: what each row is, bits of `selection`.
+        left_out: those of rows that the SAE is not judged by.
         device: where the SAE runs.
         on_progress: told the share of the rows that are done.
     """
 
     def __init__(
-        self, sae: FoldedSAE, rows: OrderedRows, device: torch.device, on_progress: Callable[[float], None]
+        self,
+        sae: FoldedSAE,
+        rows: OrderedRows,
+        flags: Labels,
+        left_out: int,
+        device: torch.device,
+        on_progress: Callable[[float], None],
     ) -> None:
         self._sae, self._rows, self._device = sae.to(device), rows, device
+        self._flags, self._left_out = flags, left_out
         self._on_progress = on_progress
         self._rows_per_block = max(16, BLOCK_BYTES // (4 * sae.d_sae + 8 * FP64_COPIES * sae.d_in))
-        self.statistics = FeatureStatistics(sae.d_sae, sae.d_in, device)
+        self._by_flags: dict[int, FeatureStatistics] = {}
+
+    def statistics(self) -> FeatureStatistics:
+        """Of all rows, once `text_blocks` is exhausted."""
+        return self._of(lambda flags: True)
+
+    def metrics(self, final_loss: float, cross_entropy: CrossEntropy | None = None) -> SAEMetrics:
+        """The contract's figures, once `text_blocks` is exhausted.
+
+        Raises:
+            TrainingDiverged: if a row, a reconstruction or an activation was NaN or infinite.
+        """
+        kept_out = self._of(lambda flags: flags & HELD_OUT and not flags & self._left_out)
+        training = self._of(lambda flags: not flags & (HELD_OUT | self._left_out))
+        judged_by = HELD_OUT if kept_out.rows else 0
+        judged = kept_out if kept_out.rows else training
+        ordinary = self._of(lambda flags: flags & HELD_OUT == judged_by and not flags & OUTLIER)
+        outliers, everything = self._of(lambda flags: flags & OUTLIER), self.statistics()
+        share = (
+            outliers.squared_deviation_from(everything.mean_D) / everything.variance if everything.variance else None
+        )
+        figures = {
+            "held_out": judged_by == HELD_OUT,
+            "never_active_share": everything.dead / self._sae.d_sae,
+            "training_fvu": training.fvu(),
+            "fvu_ordinary": ordinary.fvu(),
+            "fvu_outliers": outliers.fvu(),
+            "outliers_variance_share": share,
+            "firing_histogram": everything.firing_histogram(),
+            "cross_entropy": cross_entropy,
+        }
+        return judged.metrics(final_loss).model_copy(update=figures)
 
     def text_blocks(self, texts: int, *, mean_pooled: bool) -> Iterator[Block]:
         """Features and activations, one row a text, on the CPU. Complete only when it is exhausted."""
@@ -96,11 +130,28 @@ class Evaluation:
             )
             self._on_progress((start + len(x_BD)) / self._rows.rows)
 
+    def _of(self, wanted: Callable[[int], object]) -> FeatureStatistics:
+        """Of rows of some flags."""
+        total = FeatureStatistics(self._sae.d_sae, self._sae.d_in, self._device)
+        for flags, statistics in sorted(self._by_flags.items()):
+            if wanted(flags):
+                total.add(statistics)
+        return total
+
+    def _count(self, flags_B: Tensor, x_BD: Tensor, x_hat_BD: Tensor, acts_BF: Tensor) -> None:
+        for flags in set(flags_B.tolist()):
+            if flags not in self._by_flags:
+                self._by_flags[flags] = FeatureStatistics(self._sae.d_sae, self._sae.d_in, self._device)
+            which_B = (flags_B == flags).to(self._device)
+            part = (x_BD, x_hat_BD, acts_BF)
+            self._by_flags[flags].update(*(part if which_B.all() else (rows[which_B] for rows in part)))
+
     def _dense_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for start, x_BD in self._rows.blocks(self._rows_per_block):
             there_BD = x_BD.to(self._device)
             acts_BF = self._sae.encode(there_BD)
-            self.statistics.update(there_BD, self._sae.decode(acts_BF), acts_BF)
+            flags_B = _tensor(self._flags[start : start + len(x_BD)])
+            self._count(flags_B, there_BD, self._sae.decode(acts_BF), acts_BF)
             yield acts_BF.cpu(), x_BD, _tensor(self._rows.text_of_row[start : start + len(x_BD)])
             self._on_progress((start + len(x_BD)) / self._rows.rows)
 

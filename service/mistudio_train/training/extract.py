@@ -56,13 +56,18 @@ class Extraction:
 
     stores: dict[Site, ActivationStore]
     """The rows of each site, all with the same index."""
-    corpus: CorpusInfo
+    tokens: Tokens
     length: int
     """Tokens of a sequence at most, special ones included."""
     tokens_per_batch: int
     """Tokens of a forward pass at the end; less than planned if memory ran out."""
     padding: int
     """Padding tokens that went through the model."""
+
+    @property
+    def corpus(self) -> CorpusInfo:
+        """What was read, kept and cut."""
+        return self.tokens.corpus
 
 
 def extract(
@@ -118,7 +123,7 @@ def extract(
             writer.close()
         raise
     stores = {site: writer.finish(tokens.index) for site, writer in writers.items()}
-    return Extraction(stores, tokens.corpus, rules.length, run.budget, run.padding)
+    return Extraction(stores, tokens, rules.length, run.budget, run.padding)
 
 
 def _shards(tokens: Tokens, row_bytes: int) -> list[int]:

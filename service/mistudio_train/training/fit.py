@@ -4,15 +4,13 @@ Joins the store of rows to the trainer; knows no kind, no file but the log, and 
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mistudio_schemas import SAEConfig
@@ -34,7 +32,7 @@ SAMPLE_ROWS = 8192
 
 
 class Rows(Protocol):
-    """What training needs of stored activations."""
+    """What training needs of the rows that it trains on."""
 
     @property
     def rows(self) -> int:
@@ -46,8 +44,12 @@ class Rows(Protocol):
         """Their width."""
         ...
 
-    def gather(self, indices: NDArray[np.int64]) -> Tensor:
-        """The rows of these numbers, fp32 [B, d_in]."""
+    def sample(self, count: int) -> Tensor:
+        """So many of them at most, from everywhere: [N, d_in], on the CPU, in any float type."""
+        ...
+
+    def batches(self, epoch: int, size: int, start: int = 0) -> Generator[Tensor]:
+        """An epoch's rows from the place `start` of its order on: [B, d_in] each."""
         ...
 
 
@@ -130,7 +132,7 @@ def fit(
         watch = _Watch(trainer, reporter, log, config.name or config.kind, steps_after)
         fitting = _Fitting(trainer, rows, kept, reporter, watch)
         if state is None:
-            trainer.prepare(rows.gather(np.sort(trainer.order(0).at(0, SAMPLE_ROWS))))
+            trainer.prepare(rows.sample(SAMPLE_ROWS))
         else:
             fitting.go_on(state)
         fitting.run()
@@ -164,13 +166,14 @@ class _Fitting:
 
     def _run_epoch(self) -> None:
         trainer = self._trainer
-        for batch in trainer.batches():
-            if self._ended_by_wish():
-                return
-            trainer.step(self._rows.gather(batch))
-            self._watch.after_step()
-            if self._kept.due:
-                self._save()
+        with closing(self._rows.batches(trainer.epoch, trainer.recipe.batch_size, trainer.rows_done)) as batches:
+            for x_BD in batches:
+                if self._ended_by_wish():
+                    return
+                trainer.step(x_BD)
+                self._watch.after_step()
+                if self._kept.due:
+                    self._save()
         self._close(trainer.end_epoch())
 
     def _ended_by_wish(self) -> bool:

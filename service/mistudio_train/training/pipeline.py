@@ -1,4 +1,4 @@
-"""The child's job, second half: load, extract, then for each SAE train, evaluate and write.
+"""The child's job, second half: load, extract, tell the rows apart, then train, evaluate and write each SAE.
 
 Reads top to bottom as the job goes; each step's substance is in its own module.
 """
@@ -27,7 +27,7 @@ from .bundle_limits import refuse_hopeless
 from .checkpoints import Checkpoints, KeptTraining
 from .extract import Extraction, extract
 from .files import write_json
-from .fit import NothingTrained, fit
+from .fit import Fitted, NothingTrained, fit
 from .identity import content_of, request_digest
 from .language_model import LanguageModel, is_out_of_memory, load
 from .memory_plan import GIB, MemoryPlan
@@ -35,14 +35,15 @@ from .reporter import Reporter
 from .results import Context, Written, write_result
 from .run import Accepted
 from .saelens import Origin
+from .selection import MOST_LEFT_OUT, Selection, hold_out, select
+from .shuffle import ShuffledRows
 from .sites import Site
 from .tokens import frame_of
 
 LOADING: Final = (0.02, 0.05)
 EXTRACTING: Final = (0.05, 0.4)
-TRAINING: Final = (0.4, 1.0)
-FITTING: Final = 0.8
-"""Of an SAE's share, training; the rest is evaluation and files."""
+TRAINING: Final = (0.4, 0.88)
+WRITING: Final = (0.88, 1.0)
 
 
 def carry_out(job: Accepted, reporter: Reporter) -> Finished:
@@ -75,8 +76,13 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
         device=torch.device(job.plan.device),
     )
     refuse_hopeless(spec, extraction.corpus.texts, job.source.d_in)  # a token budget may have left too few
+    by_site = _select(context, job, extraction, reporter)
+    stores = [extraction.stores[site] for site in job.sites.of_saes]
+    selections = [by_site[site] for site in job.sites.of_saes]
     with _memory_errors(job.plan):
-        written, stopped = _train_all(context, job, extraction, origins, checkpoints, reporter)
+        fitted = _fit_all(context, job, stores, selections, checkpoints, reporter)
+        origins_of_saes = [origins[site] for site in job.sites.of_saes]
+        written = _write_all(context, job, fitted, stores, selections, origins_of_saes, reporter)
     primary = written[0]
     return Finished(
         model_info=context.info,
@@ -86,7 +92,7 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
         bundle_rows=primary.bundle.rows,
         device=job.plan.device,
         memory_peak_bytes=reporter.memory_peak_bytes(),
-        stopped_early=stopped,
+        stopped_early=len(fitted) < len(stores) or any(one.stop_reason == "stopped" for one in fitted),
     )
 
 
@@ -176,53 +182,117 @@ def _extract(job: Accepted, model: LanguageModel, checkpoints: Checkpoints, repo
     return extraction
 
 
-def _train_all(
+def _select(context: Context, job: Accepted, extraction: Extraction, reporter: Reporter) -> dict[Site, Selection]:
+    """What each row is, at each site."""
+    request, scratch = job.spec.request, job.spec.scratch
+    held_out = hold_out(context.texts, extraction.tokens, request.held_out_share)
+    if request.held_out_share and not held_out.any():
+        reporter.warn("no text could be held out: the figures are of the rows that the SAEs were trained on")
+    reporter.enter("extracting", "telling the rows apart", (EXTRACTING[1], EXTRACTING[1]))
+    selections = {}
+    for site, store in extraction.stores.items():
+        path = scratch / f"rows-{site}.bin"
+        selections[site] = select(store, extraction.tokens, held_out, request, path, lambda done: None)
+        _warn_of_rows(selections[site], site, request, reporter)
+    return selections
+
+
+def _warn_of_rows(selection: Selection, site: Site, request: TrainRequested, reporter: Reporter) -> None:
+    rows = selection.counts
+    if request.left_out and not rows.left_out and rows.first_token + rows.high_norm > MOST_LEFT_OUT * rows.total:
+        reporter.warn(
+            f"{site}: {rows.first_token} of {rows.total} rows are first tokens and {rows.high_norm} have a high norm, "
+            "so many that none was left out"
+        )
+
+
+def _fit_all(
     context: Context,
     job: Accepted,
-    extraction: Extraction,
-    origins: dict[Site, Origin],
+    stores: list[ActivationStore],
+    selections: list[Selection],
     checkpoints: Checkpoints,
     reporter: Reporter,
-) -> tuple[list[Written], bool]:
-    """Each SAE of the request, and whether the parent has wanted what there was before all were trained."""
+) -> list[Fitted]:
+    """Train each SAE of the request; fewer if the parent has wanted what there was."""
     configs = job.spec.request.resolved_saes()
-    stores = [extraction.stores[site] for site in job.sites.of_saes]
-    steps = [_steps(config, store, context) for config, store in zip(configs, stores, strict=True)]
-    written: list[Written] = []
-    for position, (config, site) in enumerate(zip(configs, job.sites.of_saes, strict=True)):
-        begin, end = (TRAINING[0] + (TRAINING[1] - TRAINING[0]) * i / len(configs) for i in (position, position + 1))
-        middle = begin + FITTING * (end - begin)
-        place = "" if position == 0 else f"saes/{config.name}/"
-        log_path = job.spec.output / place / "training_log.jsonl"
-        reporter.enter("training", f"training {config.name}", (begin, middle))
+    rows = [
+        ShuffledRows(store, selection, seed=config.seed or 0, buffer_bytes=job.spec.request.shuffle_bytes)
+        for config, store, selection in zip(configs, stores, selections, strict=True)
+    ]
+    steps = [_steps(config, of_sae.rows, context) for config, of_sae in zip(configs, rows, strict=True)]
+    fitted: list[Fitted] = []
+    for position, config in enumerate(configs):
+        share = _part(TRAINING, position, len(configs))
+        log_path = job.spec.output / _place(configs, position) / "training_log.jsonl"
+        reporter.enter("training", f"training {config.name}", share)
         try:
-            fitted = fit(
-                config,
-                stores[position],
-                mean_pooled=context.mean_pooled,
-                device=context.device,
-                reporter=reporter,
-                log_path=log_path,
-                kept=KeptTraining(checkpoints, position, log_path),
-                steps_after=sum(steps[position + 1 :]),
+            fitted.append(
+                fit(
+                    config,
+                    rows[position],
+                    mean_pooled=context.mean_pooled,
+                    device=context.device,
+                    reporter=reporter,
+                    log_path=log_path,
+                    kept=KeptTraining(checkpoints, position, log_path),
+                    steps_after=sum(steps[position + 1 :]),
+                )
             )
         except NothingTrained:
-            if not written:
+            if not fitted:
                 raise LeftEarly from None
             shutil.rmtree(log_path.parent)
             break
         _free(job.plan)
+    return fitted
+
+
+def _write_all(
+    context: Context,
+    job: Accepted,
+    fitted: list[Fitted],
+    stores: list[ActivationStore],
+    selections: list[Selection],
+    origins: list[Origin],
+    reporter: Reporter,
+) -> list[Written]:
+    """Evaluate each SAE and write its files."""
+    configs = job.spec.request.resolved_saes()
+    written = []
+    for position, one in enumerate(fitted):
         written.append(
-            write_result(context, config, fitted, stores[position], origins[site], place, reporter, (middle, end))
+            write_result(
+                context,
+                configs[position],
+                one,
+                stores[position],
+                selections[position],
+                origins[position],
+                _place(configs, position),
+                reporter,
+                _part(WRITING, position, len(fitted)),
+            )
         )
         _free(job.plan)
     if len(configs) > 1:
         write_json(job.spec.output / "saes.json", {"saes": [one.result.model_dump(mode="json") for one in written]})
-    return written, len(written) < len(configs) or any(one.result.stop_reason == "stopped" for one in written)
+    return written
 
 
-def _steps(config: SAEConfig, store: ActivationStore, context: Context) -> int:
-    return recipe_for(config, rows=store.rows, mean_pooled=context.mean_pooled).total_steps(store.rows)
+def _place(configs: list[SAEConfig], position: int) -> str:
+    """The SAE's folder below the run's root; the primary one's files lie at the root itself."""
+    return "" if position == 0 else f"saes/{configs[position].name}/"
+
+
+def _part(share: tuple[float, float], position: int, parts: int) -> tuple[float, float]:
+    """One of some equal parts of a share."""
+    begin, end = share
+    return begin + (end - begin) * position / parts, begin + (end - begin) * (position + 1) / parts
+
+
+def _steps(config: SAEConfig, rows: int, context: Context) -> int:
+    return recipe_for(config, rows=rows, mean_pooled=context.mean_pooled).total_steps(rows)
 
 
 def _free(plan: MemoryPlan) -> None:

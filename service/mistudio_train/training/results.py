@@ -24,6 +24,7 @@ from .metadata import Described, Paths, metadata
 from .model_file import write_model_file
 from .reporter import Reporter
 from .saelens import Origin, write_saelens
+from .selection import Selection
 from .sparsify import sparsify_cannot, write_sparsify
 from .texts import Texts
 
@@ -32,7 +33,7 @@ DECISIONS = {
     "early_stopping": "of the standard kind: an epoch's mean loss below min_loss, or ten epochs without a new lowest",
     "dead_feature": "dead_features_count: above 1e-6 on no row; rarely_active_features_count: on less than 1% of rows",
     "special_tokens": "those that the tokenizer adds are left out unless include_special_tokens",
-    "metrics_over": "all rows that the SAE was trained on",
+    "metrics_over": "held-out rows; where there are none, all rows that the SAE was trained on",
 }
 
 
@@ -67,6 +68,7 @@ def write_result(
     config: SAEConfig,
     fitted: Fitted,
     rows: OrderedRows,
+    selection: Selection,
     origin: Origin,
     place: str,
     reporter: Reporter,
@@ -79,6 +81,7 @@ def write_result(
         config: resolved.
         fitted: the SAE.
         rows: of its site.
+        selection: what each of them is.
         origin: its site in SAELens' words.
         place: its folder below the run's root, ending in `/`; empty for the primary SAE.
         reporter: told how far it is.
@@ -97,15 +100,15 @@ def write_result(
             reporter.say(done)
 
     reporter.enter("evaluating", f"evaluating {config.name}", (share[0], middle))
-    evaluation = Evaluation(fitted.sae, rows, context.device, on_progress)
+    evaluation = Evaluation(fitted.sae, rows, selection.flags, selection.left_out, context.device, on_progress)
     bundle = _write_bundle(context, fitted, evaluation, folder, origin.layer)
     reporter.enter("exporting", f"writing the files of {config.name}", (middle, share[1]))
     features = None
     if not context.mean_pooled or bundle.truncated:
-        features = _write_features(context, evaluation, folder, origin)
+        features = _write_features(context, evaluation, fitted.sae.d_sae, folder, origin)
     _warn_of_truncation(reporter, config, bundle, features)
-    result = _result(context, config, fitted, evaluation, origin, place)
-    statistics = evaluation.statistics.result()
+    result = _result(context, config, fitted, evaluation, selection, origin, place)
+    statistics = evaluation.statistics().result()
     rates_F = torch.tensor(statistics["feature_activation_rates"], dtype=torch.float64)
     write_saelens(folder / "sae", fitted.sae, origin, rates_F)
     if sparsify_cannot(fitted.sae) is None:
@@ -151,13 +154,13 @@ def _warn_of_truncation(
         )
 
 
-def _write_features(context: Context, evaluation: Evaluation, folder: Path, origin: Origin) -> FeaturesInfo:
+def _write_features(context: Context, evaluation: Evaluation, d_sae: int, folder: Path, origin: Origin) -> FeaturesInfo:
     """All rows, as far as half of the disk's room goes; the other half is the other files'."""
     about = {"pooling": context.spec.request.pooling, "model_name": context.info.model_name, "layer": origin.layer}
     return write_features(
         folder / "features" / "activations.parquet",
         evaluation.sparse_blocks(),
-        d_sae=evaluation.statistics.d_sae,
+        d_sae=d_sae,
         max_bytes=shutil.disk_usage(folder).free // 2,
         about=about,
     )
@@ -215,7 +218,13 @@ def _info(context: Context, layer: int) -> ModelInfo:
 
 
 def _result(
-    context: Context, config: SAEConfig, fitted: Fitted, evaluation: Evaluation, origin: Origin, place: str
+    context: Context,
+    config: SAEConfig,
+    fitted: Fitted,
+    evaluation: Evaluation,
+    selection: Selection,
+    origin: Origin,
+    place: str,
 ) -> SAEResult:
     return SAEResult(
         name=config.name or config.kind,
@@ -227,7 +236,8 @@ def _result(
         epochs_trained=len(fitted.epochs),
         steps=fitted.steps,
         stop_reason=fitted.stop_reason,
-        metrics=evaluation.statistics.metrics(fitted.final_loss),
+        rows=selection.counts,
+        metrics=evaluation.metrics(fitted.final_loss),
         prefix=context.spec.uri_prefix + place,
     )
 

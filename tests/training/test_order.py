@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from mistudio_train.sae.order import RowOrder
+from mistudio_train.training.order import RowOrder
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 255, 256, 257, 1000, 65_537, 200_000])

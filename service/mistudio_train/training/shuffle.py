@@ -1,0 +1,129 @@
+"""The rows that an SAE is trained on, in another order every epoch, through a buffer of bounded size.
+
+Blocks of a few neighbouring rows come in a random order; as many as the buffer holds are mixed row by row. A batch
+thus has rows of texts from everywhere, the disk is read in pieces that are worth it, and any place of the order can
+be gone to without what lies before it. Reads ahead on threads; the order does not depend on them.
+"""
+
+from collections.abc import Generator
+from contextlib import closing
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .activations import ActivationStore
+from .ahead import ahead
+from .order import RowOrder
+from .selection import Selection
+
+BLOCK_BYTES: Final = 32 * 1024
+"""Of neighbouring rows that stay in one buffer: fewer bytes a read make a disk slow."""
+BATCHES_AHEAD: Final = 2
+CHUNKS_AHEAD: Final = 1
+"""While the rows of one buffer are trained on, the next is filled."""
+
+Rows = NDArray[Any]
+"""Each item the bytes of a row."""
+
+
+class ShuffledRows:
+    """The training rows of a store.
+
+    Args:
+        store: of one site.
+        selection: which of its rows to train on.
+        seed: with the epoch's number it fixes the order.
+        buffer_bytes: of one buffer; two are held, or the whole of rows that fit into one.
+
+    """
+
+    def __init__(self, store: ActivationStore, selection: Selection, *, seed: int, buffer_bytes: int) -> None:
+        self._store, self._selection, self._seed = store, selection, seed
+        row_bytes = store.layout.row_bytes
+        self._block_rows = max(1, BLOCK_BYTES // row_bytes)
+        self._blocks = -(-store.rows // self._block_rows)
+        self._blocks_a_chunk = max(1, buffer_bytes // (self._block_rows * row_bytes))
+        self._rows_of_block = selection.training_per_block(self._block_rows)
+        self._whole: Rows | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many are trained on."""
+        return self._selection.counts.training
+
+    @property
+    def d_in(self) -> int:
+        """Width of a row."""
+        return self._store.d_in
+
+    def sample(self, count: int) -> Tensor:
+        """The first rows of the first epoch, in the store's precision; fewer if the buffer holds fewer."""
+        number, _, chunk = next(self._chunks(0, 0))
+        return self._tensor(chunk[np.sort(RowOrder(len(chunk), (self._seed, 0, number)).at(0, count))])
+
+    def batches(self, epoch: int, size: int, start: int = 0) -> Generator[Tensor]:
+        """The epoch's rows from the place `start` on, `size` at a time: [B, d_in], in the store's precision.
+
+        The last batch may be smaller. Close the generator if it is not used up.
+        """
+        return ahead(self._batches(epoch, size, start), BATCHES_AHEAD)
+
+    def _batches(self, epoch: int, size: int, start: int) -> Generator[Tensor]:
+        waiting = np.empty(0, self._row)
+        with closing(self._pieces(epoch, size, start)) as pieces:
+            for piece in pieces:
+                waiting = np.concatenate([waiting, piece]) if len(waiting) else piece
+                if len(waiting) >= size:
+                    yield self._tensor(waiting[:size])
+                    waiting = waiting[size:]
+        if len(waiting):
+            yield self._tensor(waiting)
+
+    def _pieces(self, epoch: int, size: int, start: int) -> Generator[Rows]:
+        """The rows in their order from the place `start` on, at most `size` at a time, never of two chunks."""
+        with closing(ahead(self._chunks(epoch, start), CHUNKS_AHEAD)) as chunks:
+            for number, skipped, chunk in chunks:
+                order = RowOrder(len(chunk), (self._seed, epoch, number))
+                for places in order.batches(size, skipped):
+                    yield chunk[places]
+
+    def _chunks(self, epoch: int, start: int) -> Generator[tuple[int, int, Rows]]:
+        """Each chunk's number, how many of its rows come before the place `start`, and its rows, if not all do."""
+        blocks_of_epoch = RowOrder(self._blocks, (self._seed, epoch))
+        before = 0
+        for number, blocks in enumerate(blocks_of_epoch.batches(self._blocks_a_chunk)):
+            rows = int(self._rows_of_block[blocks].sum(dtype=np.int64))
+            if before + rows > start:
+                yield number, max(0, start - before), self._chunk(blocks)
+            before += rows
+
+    def _chunk(self, blocks: NDArray[np.int64]) -> Rows:
+        """The training rows of these blocks in the store's order; where there is but one chunk, it is read but once."""
+        if self._whole is not None:
+            return self._whole
+        chunk = self._read(np.sort(blocks))
+        if self._blocks <= self._blocks_a_chunk:
+            self._whole = chunk
+        return chunk
+
+    def _read(self, blocks: NDArray[np.int64]) -> Rows:
+        rows = np.empty(int(self._rows_of_block[blocks].sum(dtype=np.int64)), self._row)
+        block, filled = np.empty(self._block_rows, self._row), 0
+        for start in (blocks * self._block_rows).tolist():
+            stop = min(start + self._block_rows, self._store.rows)
+            self._store.read_into(block[: stop - start].view(np.uint8).data, start, stop)
+            kept = block[: stop - start][self._selection.training(start, stop)]
+            rows[filled : filled + len(kept)] = kept
+            filled += len(kept)
+        return rows
+
+    @property
+    def _row(self) -> np.dtype[np.void]:
+        return np.dtype((np.void, self._store.layout.row_bytes))
+
+    def _tensor(self, rows: Rows) -> Tensor:
+        flat = torch.from_numpy(rows.view(np.uint8))
+        return flat.view(self._store.layout.dtype).view(len(rows), self.d_in)
