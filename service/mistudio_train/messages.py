@@ -101,6 +101,8 @@ class Progress:
     sparsity_loss: float | None = None
     l0: float | None = None
     dead_share: float | None = None
+    held_out_fvu: float | None = None
+    held_out_l0: float | None = None
     memory_allocated_bytes: int | None = None
     memory_peak_bytes: int | None = None
     device: str | None = None

@@ -3,10 +3,12 @@
 Owns the averaging over rows and the check that a loss is a number; must not know what is trained or how.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from mistudio_train.errors import TrainingDiverged
 
@@ -94,6 +96,65 @@ class Sums:
         """Go on from there."""
         self._sums.copy_(state["sums"])
         self.rows = state["rows"]
+
+
+class Divergence:
+    """Notices that the loss is no number any more, or far above where it began, without making the device wait.
+
+    A GPU's number is read when the next one is due, so what happens is noticed within twice `EVERY` steps.
+    """
+
+    EVERY: Final = 50
+    """Steps between two looks."""
+    FACTOR: Final = 10.0
+    """The mean reconstruction loss of so many steps is at most so many times that of the first ones."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sum = torch.zeros((), dtype=torch.float64, device=device)
+        self._first: float | None = None
+        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def add(self, output: StepOutput, steps: int) -> None:
+        """Count a step, with which `steps` are made.
+
+        Raises:
+            TrainingDiverged: saying by which step.
+        """
+        self._sum += output.reconstruction_loss.detach()
+        if steps % self.EVERY:
+            return
+        mean = self._read(self._sum / self.EVERY)
+        self._sum.zero_()
+        if mean is None:
+            return
+        if not math.isfinite(mean) or (self._first is not None and mean > self.FACTOR * max(self._first, 1e-12)):
+            began = "" if self._first is None else f", {self._first:.3g} in the beginning"
+            raise diverged(f"the reconstruction loss is {mean:.3g} by step {steps}{began}")
+        if self._first is None:
+            self._first = mean
+
+    def _read(self, mean: Tensor) -> float | None:
+        """The number itself, from a GPU the one that was asked for last time."""
+        if not mean.is_cuda:
+            return mean.item()
+        before, on_its_way = self._coming, torch.empty((), dtype=mean.dtype, pin_memory=True)
+        on_its_way.copy_(mean, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._coming = on_its_way, event
+        if before is None:
+            return None
+        before[1].synchronize()
+        return before[0].item()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen; a number on its way is not waited for."""
+        return {"sum": self._sum, "first": self._first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self._sum.copy_(state["sum"])
+        self._first = state["first"]
 
 
 def diverged(what: str) -> TrainingDiverged:

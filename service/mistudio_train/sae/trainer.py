@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import RARE_BELOW, SparseAutoencoder, StepInput
-from .figures import EpochFigures, StepFigures, Sums, diverged
+from .figures import Divergence, EpochFigures, StepFigures, Sums, diverged
 from .recipe import EarlyStopping, Recipe
 
 
@@ -39,6 +39,9 @@ class Trainer:
         self._parameters = list(sae.parameters())
         self._optimizer = torch.optim.Adam(self._parameters, lr=recipe.learning_rate, fused=True)
         self._generator = torch.Generator().manual_seed(_derived_seed(seed))
+        self.rate = 1.0
+        """Share of the recipe's learning rate that is used."""
+        self._divergence = Divergence(self.device)
         self._stopping = EarlyStopping(recipe)
         self._epoch_sums, self._recent_sums = Sums(self.device), Sums(self.device)
         self._active_rows_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
@@ -56,7 +59,11 @@ class Trainer:
         self.sae.prepare(sample_ND.to(self.device))
 
     def step(self, x_BD: Tensor) -> None:
-        """One update from a batch of rows, on any device and in any float type. Does not wait for the device."""
+        """One update from a batch of rows, on any device and in any float type. Does not wait for the device.
+
+        Raises:
+            TrainingDiverged: within a hundred steps of the loss' being no number, or far above where it began.
+        """
         self._reinitialize()
         x_BD = x_BD.to(self.device, torch.float32, non_blocking=True)
         output = self.sae.step(StepInput(x_BD, self.steps, self.total_steps, self._dead_latents()))
@@ -65,13 +72,18 @@ class Trainer:
         self.sae.before_update()
         if self.recipe.grad_clip is not None:
             torch.nn.utils.clip_grad_norm_(self._parameters, self.recipe.grad_clip)
-        self._optimizer.param_groups[0]["lr"] = self.recipe.learning_rate_at(self.steps, self.total_steps)
+        self._optimizer.param_groups[0]["lr"] = self.learning_rate_at(self.steps)
         self._optimizer.step()
         self.sae.after_update()
         self._count(output.active_rows_F, len(x_BD))
         self._epoch_sums.add(output, len(x_BD))
         self._recent_sums.add(output, len(x_BD))
         self.steps += 1
+        self._divergence.add(output, self.steps)
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step counted from 0."""
+        return self.rate * self.recipe.learning_rate_at(step, self.total_steps)
 
     def measure(self) -> StepFigures | None:
         """Figures of the steps since the last call, `None` if there were none. Waits for the device: call it rarely.
@@ -88,7 +100,7 @@ class Trainer:
             epoch=self.epoch,
             **means,
             dead_share=_share(self._rows_since_active_F >= self.recipe.dead_after_rows),
-            learning_rate=self.recipe.learning_rate_at(self.steps - 1, self.total_steps),
+            learning_rate=self.learning_rate_at(self.steps - 1),
         )
 
     def end_epoch(self) -> EpochFigures:
@@ -112,8 +124,7 @@ class Trainer:
 
     def _close_epoch(self, *, stop: bool) -> EpochFigures:
         rows, means = self.rows_done, self._epoch_sums.means(self.steps)
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
-            raise diverged(f"a weight is no number by step {self.steps}")
+        self.refuse_non_finite()
         self.epoch += 1
         stop_reason = "stopped" if stop else self._stopping.after(self.epoch, means["loss"])
         rare_F = self._active_rows_F < RARE_BELOW * rows
@@ -132,6 +143,15 @@ class Trainer:
         self._active_rows_F.zero_()
         return figures
 
+    def refuse_non_finite(self) -> None:
+        """See that what would be saved can be gone on from. Waits for the device.
+
+        Raises:
+            TrainingDiverged: if a weight is NaN or infinite.
+        """
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self._parameters):
+            raise diverged(f"a weight is no number by step {self.steps}")
+
     def state_dict(self) -> dict[str, Any]:
         """Everything that the next step depends on: tensors and plain values only, for a loader that refuses pickles.
 
@@ -140,6 +160,8 @@ class Trainer:
         return {
             "sae": self.sae.state_dict(),
             "optimizer": self._optimizer.state_dict(),
+            "rate": self.rate,
+            "divergence": self._divergence.state_dict(),
             "stopping": self._stopping.state_dict(),
             "epoch_sums": self._epoch_sums.state_dict(),
             "recent_sums": self._recent_sums.state_dict(),
@@ -165,6 +187,8 @@ class Trainer:
             )
         self.sae.load_state_dict(state["sae"])
         self._optimizer.load_state_dict(state["optimizer"])
+        self.rate = state["rate"]
+        self._divergence.load_state_dict(state["divergence"])
         self._stopping.load_state_dict(state["stopping"])
         self._epoch_sums.load_state_dict(state["epoch_sums"])
         self._recent_sums.load_state_dict(state["recent_sums"])

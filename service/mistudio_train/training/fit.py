@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from mistudio_schemas import SAEConfig
+from mistudio_train.errors import TrainingDiverged
 from mistudio_train.messages import LeftEarly
 from mistudio_train.sae.build import build_sae, recipe_for
 from mistudio_train.sae.figures import EpochFigures, StepFigures
 from mistudio_train.sae.folded import FoldedSAE
 from mistudio_train.sae.recipe import Recipe
+from mistudio_train.sae.statistics import FeatureStatistics
 from mistudio_train.sae.trainer import Trainer
 
 from .allocator import freed_memory_kept
@@ -29,6 +31,14 @@ SMALL_STEP_FLOP = 500_000_000
 """A step on a CPU with less arithmetic than this is faster on one thread, by far when other work wants the cores."""
 SAMPLE_ROWS = 8192
 """Rows that an SAE sees before its first step, to find scale and centre."""
+SLOWER = 0.3
+"""Share of the learning rate with which training tries again when it has diverged."""
+HELD_OUT_ROWS = 4096
+"""So many are enough for a curve."""
+HELD_OUT_POINTS, LEAST_STEPS_BETWEEN = 20, 50
+"""Of the curve; a point costs about as much as a step."""
+JUDGED_AT_ONCE = 1 << 22
+"""Activations that are held at once while a point is made."""
 
 
 class Rows(Protocol):
@@ -71,6 +81,16 @@ class Kept(Protocol):
 
 
 @dataclass(frozen=True)
+class HeldOutFigures:
+    """How good an SAE was on rows that it is not trained on, after so many steps."""
+
+    step: int
+    fvu: float | None
+    l0: float | None
+    cosine: float | None
+
+
+@dataclass(frozen=True)
 class Fitted:
     """A trained SAE and how it came about."""
 
@@ -79,6 +99,9 @@ class Fitted:
     epochs: list[EpochFigures]
     steps: int
     seconds: float
+    rate: float
+    """Share of the recipe's learning rate that it ended with; below 1 if training had diverged before."""
+    held_out: list[HeldOutFigures]
 
     @property
     def stop_reason(self) -> str:
@@ -98,6 +121,7 @@ class NothingTrained(Exception):
 def fit(
     config: SAEConfig,
     rows: Rows,
+    held_out: Tensor | None,
     *,
     mean_pooled: bool,
     device: torch.device,
@@ -108,9 +132,12 @@ def fit(
 ) -> Fitted:
     """Train the SAE that `config` (resolved) names, from where it was saved last if it was.
 
+    If training diverges, it goes back to where it was saved last and tries again, once, at a lower learning rate.
+
     Args:
         config: of `TrainRequested.resolved_saes()`.
         rows: its activations.
+        held_out: some that it is not trained on, fp32 [N, d_in], by which it is judged on the way.
         mean_pooled: whether a row is a text.
         device: to train on.
         reporter: in the phase `training`; its share is this SAE's.
@@ -119,24 +146,30 @@ def fit(
         steps_after: of the SAEs still to come, for the estimate of the time left.
 
     Raises:
-        TrainingDiverged: if the loss is no number.
+        TrainingDiverged: if it did so again.
         LeftEarly: if the parent wants the child to leave; all is saved.
         NothingTrained: if the parent wants an end before there was a step.
     """
     recipe = recipe_for(config, rows=rows.rows, mean_pooled=mean_pooled)
-    seed = config.seed or 0
-    trainer = Trainer(build_sae(config, rows.d_in), recipe, rows=rows.rows, device=device, seed=seed)
-    state = kept.load()
-    flop = 12 * recipe.batch_size * rows.d_in * (config.hidden_dim or 0)
-    with TrainingLog(log_path) as log, _threads_for(flop), freed_memory_kept():
-        watch = _Watch(trainer, reporter, log, config.name or config.kind, steps_after)
-        fitting = _Fitting(trainer, rows, kept, reporter, watch)
-        if state is None:
-            trainer.prepare(rows.sample(SAMPLE_ROWS))
-        else:
-            fitting.go_on(state)
-        fitting.run()
-    return Fitted(trainer.sae.folded().to("cpu"), recipe, fitting.epochs, trainer.steps, watch.seconds)
+    name, again = config.name or config.kind, False
+    while True:
+        trainer = Trainer(build_sae(config, rows.d_in), recipe, rows=rows.rows, device=device, seed=config.seed or 0)
+        state = kept.load()
+        flop = 12 * recipe.batch_size * rows.d_in * trainer.sae.d_sae
+        with TrainingLog(log_path) as log, _threads_for(flop), freed_memory_kept():
+            watch = _Watch(trainer, reporter, log, name, held_out, steps_after)
+            fitting = _Fitting(trainer, rows, kept, reporter, watch)
+            try:
+                fitting.begin(state, SLOWER if again else None)
+                fitting.run()
+            except TrainingDiverged as error:
+                if trainer.rate < 1:
+                    raise
+                reporter.warn(f"{name}: {error} It goes on from its last checkpoint at {SLOWER:g} of the learning rate")
+                again = True
+                continue
+        sae = trainer.sae.folded().to("cpu")
+        return Fitted(sae, recipe, fitting.epochs, trainer.steps, watch.seconds, trainer.rate, watch.curve)
 
 
 class _Fitting:
@@ -146,6 +179,17 @@ class _Fitting:
         self._trainer, self._rows, self._kept, self._reporter, self._watch = trainer, rows, kept, reporter, watch
         self.epochs: list[EpochFigures] = []
 
+    def begin(self, state: dict[str, Any] | None, rate: float | None) -> None:
+        """From what `_save` saved, or anew; with another share of the learning rate, if one is given."""
+        if state is None:
+            self._trainer.prepare(self._rows.sample(SAMPLE_ROWS))
+        else:
+            self._trainer.load_state_dict(state["trainer"])
+            self.epochs = [EpochFigures(**figures) for figures in state["epochs"]]
+            self._watch.go_on(state["seconds"], state["curve"])
+        if rate is not None:
+            self._trainer.rate = rate
+
     def run(self) -> None:
         """Until training is over, or the parent wants its end."""
         if self._over:
@@ -153,12 +197,6 @@ class _Fitting:
         while not self._over:
             self._run_epoch()
         self._save()
-
-    def go_on(self, state: dict[str, Any]) -> None:
-        """From what `_save` saved."""
-        self._trainer.load_state_dict(state["trainer"])
-        self.epochs = [EpochFigures(**figures) for figures in state["epochs"]]
-        self._watch.go_on(state["seconds"])
 
     @property
     def _over(self) -> bool:
@@ -198,8 +236,15 @@ class _Fitting:
         self._watch.after_epoch(figures)
 
     def _save(self) -> None:
-        epochs = [asdict(figures) for figures in self.epochs]
-        self._kept.save({"trainer": self._trainer.state_dict(), "epochs": epochs, "seconds": self._watch.seconds})
+        self._trainer.refuse_non_finite()
+        self._kept.save(
+            {
+                "trainer": self._trainer.state_dict(),
+                "epochs": [asdict(figures) for figures in self.epochs],
+                "seconds": self._watch.seconds,
+                "curve": [asdict(figures) for figures in self._watch.curve],
+            }
+        )
 
 
 @contextmanager
@@ -217,21 +262,36 @@ def _threads_for(flop: int) -> Iterator[None]:
 class _Watch:
     """Measures when it is time to, for the log and the reporter alike."""
 
-    def __init__(self, trainer: Trainer, reporter: Reporter, log: TrainingLog, name: str, steps_after: int) -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        reporter: Reporter,
+        log: TrainingLog,
+        name: str,
+        held_out: Tensor | None,
+        steps_after: int,
+    ) -> None:
         self._trainer, self._reporter, self._log, self._name = trainer, reporter, log, name
-        self._steps_after = steps_after
+        self._held_out, self._steps_after = held_out, steps_after
+        self._judged_every = max(LEAST_STEPS_BETWEEN, -(-trainer.total_steps // HELD_OUT_POINTS))
         self._began = time.monotonic()
+        self.curve: list[HeldOutFigures] = []
 
     @property
     def seconds(self) -> float:
         """Of training, earlier attempts' included."""
         return time.monotonic() - self._began
 
-    def go_on(self, seconds: float) -> None:
-        """An earlier attempt has trained for so long."""
+    def go_on(self, seconds: float, curve: list[dict[str, Any]]) -> None:
+        """An earlier attempt has trained for so long, and measured this."""
         self._began = time.monotonic() - seconds
+        self.curve = [HeldOutFigures(**figures) for figures in curve]
 
     def after_step(self) -> None:
+        steps = self._trainer.steps
+        if self._held_out is not None and (not steps % self._judged_every or steps == self._trainer.total_steps):
+            self.curve.append(_judged(self._trainer, self._held_out))
+            self._log.write(event="held_out", seconds=round(self.seconds, 3), **asdict(self.curve[-1]))
         if self._reporter.due and (figures := self._trainer.measure()) is not None:
             self._log.write(event="step", seconds=round(self.seconds, 3), **asdict(figures))
             self._report(figures)
@@ -258,4 +318,19 @@ class _Watch:
             sparsity_loss=figures.sparsity_loss,
             l0=figures.l0,
             dead_share=figures.dead_share,
+            held_out_fvu=self.curve[-1].fvu if self.curve else None,
+            held_out_l0=self.curve[-1].l0 if self.curve else None,
         )
+
+
+@torch.no_grad()
+def _judged(trainer: Trainer, held_out: Tensor) -> HeldOutFigures:
+    """The SAE as it is now, on these rows."""
+    sae = trainer.sae
+    statistics = FeatureStatistics(sae.d_sae, sae.d_in, trainer.device)
+    for x_BD in held_out.split(max(1, JUDGED_AT_ONCE // sae.d_sae)):  # type: ignore[no-untyped-call]
+        x_BD = x_BD.to(trainer.device)
+        acts_BF = sae.encode(x_BD)
+        statistics.update(x_BD, sae.decode(acts_BF), acts_BF)
+    metrics = statistics.metrics()
+    return HeldOutFigures(trainer.steps, metrics.fvu, metrics.l0, metrics.cosine)

@@ -13,6 +13,7 @@ from typing import Any, Final
 import tokenizers
 import torch
 import transformers
+from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 from mistudio_schemas import SAEConfig, TrainRequested
@@ -27,7 +28,7 @@ from .bundle_limits import refuse_hopeless
 from .checkpoints import Checkpoints, KeptTraining
 from .extract import Extraction, extract
 from .files import write_json
-from .fit import Fitted, NothingTrained, fit
+from .fit import HELD_OUT_ROWS, Fitted, NothingTrained, fit
 from .identity import content_of, request_digest
 from .language_model import LanguageModel, is_out_of_memory, load
 from .memory_plan import GIB, MemoryPlan
@@ -231,6 +232,7 @@ def _fit_all(
                 fit(
                     config,
                     rows[position],
+                    _sample_of_held_out(stores[position], selections[position]),
                     mean_pooled=context.mean_pooled,
                     device=context.device,
                     reporter=reporter,
@@ -246,6 +248,11 @@ def _fit_all(
             break
         _free(job.plan)
     return fitted
+
+
+def _sample_of_held_out(store: ActivationStore, selection: Selection) -> Tensor | None:
+    rows = selection.held_out_rows(HELD_OUT_ROWS)
+    return store.gather(rows) if len(rows) else None
 
 
 def _write_all(

@@ -255,6 +255,13 @@ def _training_results(fitted: Fitted, context: Context) -> dict[str, object]:
         "l0_levels": [epoch.l0 for epoch in fitted.epochs],
         "reinitialized": [epoch.reinitialized for epoch in fitted.epochs],
         "final_loss": fitted.final_loss,
+        "learning_rate_share": fitted.rate,
+        "held_out": {
+            "steps": [point.step for point in fitted.held_out],
+            "fvu": [point.fvu for point in fitted.held_out],
+            "l0": [point.l0 for point in fitted.held_out],
+            "cosine": [point.cosine for point in fitted.held_out],
+        },
         "device": str(context.device),
     }
 
