@@ -41,10 +41,9 @@ test-chaos: $(DEV) ## Deaths at every named moment once, frozen workers, servers
 test-containers: $(DEV) ## The tests that need a Docker engine
 	$(BIN)/python -m pytest -m containers
 
-MINUTES ?= 30
 chaos: $(DEV) ## Kill everything at random for MINUTES=30 (SEED=… repeats), and see that each job ends once
 	$(BIN)/python -m mistudio_stack prepare
-	$(BIN)/python -m tests.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),30) $(if $(SEED),--seed $(SEED))
 
 TIMES ?= 5
 chaos-points: $(DEV) ## Kill worker, child, broker and store at each named point, TIMES=5 times

@@ -23,7 +23,7 @@ from .language_model import LanguageModel, is_out_of_memory
 from .memory_plan import MemoryPlan
 from .sites import Site
 from .texts import Texts
-from .tokens import Tokens, rules_of, tokenize
+from .tokens import Tokens, padded, rules_of, tokenize
 
 WINDOWS_SORTED: Final = 1 << 16
 """Sequences that are sorted by length together: enough to leave next to no padding, few enough to hold."""
@@ -172,7 +172,7 @@ class _Run:
         self.on_progress(self.done, self.tokens.corpus.tokens)
 
     def _real_tokens(self, windows: NDArray[Any]) -> int:
-        """As `_padded` marks them."""
+        """As `padded` marks them."""
         frame = len(self.tokens.rules.frame)
         framed = windows["length"] if not self.tokens.rules.include_special_tokens else windows["length"] + frame
         return int(np.where(windows["length"] == 0, frame, framed).sum())
@@ -209,7 +209,7 @@ class _Run:
         self.budget = (len(batch) // 2) * (int(batch["length"][0]) + len(self.tokens.rules.frame))
 
     def _run(self, batch: NDArray[Any]) -> None:
-        ids_BT, mask_BT, real_BT = self._padded(batch)
+        ids_BT, mask_BT, real_BT = map(torch.from_numpy, padded(self.tokens, batch, self.model.pad_id))
         self._refuse_foreign(int(ids_BT.max()))
         device = self.model.device
         acts = self.model.activations(ids_BT.to(device), mask_BT.to(device))
@@ -246,22 +246,6 @@ class _Run:
         for start, count in zip(starts.tolist(), counts.tolist(), strict=True):
             self.writers[site].write(start, rows_ND[first : first + count])
             first += count
-
-    def _padded(self, batch: NDArray[Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, attention mask and real tokens, [B, T] each; always padded on the right, whatever the tokenizer does."""
-        frame, specials = self.tokens.rules.frame, self.tokens.rules.include_special_tokens
-        before, width = len(frame.before), int(batch["length"].max()) + len(frame)
-        ids_BT = np.full((len(batch), width), self.model.pad_id, np.int64)
-        mask_BT = np.zeros((len(batch), width), np.int64)
-        real_BT = np.zeros((len(batch), width), bool)
-        for row, (start, length) in enumerate(zip(batch["start"].tolist(), batch["length"].tolist(), strict=True)):
-            end = length + len(frame)
-            ids_BT[row, :end] = [*frame.before, *self.tokens.ids.read(start, start + length), *frame.after]
-            mask_BT[row, :end] = 1
-            # A text of special tokens alone has no others to be the mean of.
-            real = slice(0, end) if specials or not length else slice(before, before + length)
-            real_BT[row, real] = True
-        return torch.from_numpy(ids_BT), torch.from_numpy(mask_BT), torch.from_numpy(real_BT)
 
 
 def mean_rows(acts_BTD: Tensor, real_BT: Tensor) -> Tensor:

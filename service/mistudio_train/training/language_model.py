@@ -5,7 +5,7 @@ Owns the transformers library's side of things; knows no corpus, no files of act
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,6 +16,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from transformers.models.auto import modeling_auto
 
 from mistudio_schemas import ErrorCode
 from mistudio_train.errors import JobError, MemoryExhausted, ModelRefused
@@ -32,6 +33,7 @@ UNUSED: Final = ("pooler.",)
 """Parts of a trunk that come after the blocks; files without them will do."""
 NO_NEWS: Final = ("modeling_utils", "utils.loading_report", "distributed.tensor_parallel")
 """Of the library: reports of heads that nobody wants and of shards that nobody asked for. Missing weights we refuse."""
+Replace = Callable[[Tensor], Tensor]
 OUT_OF_MEMORY: Final = ("out of memory", "not enough memory", "can't allocate memory")
 
 
@@ -57,11 +59,8 @@ class LanguageModel:
 
     @property
     def pad_id(self) -> int:
-        """What padding is filled with: the model's own, as some families derive positions from it."""
-        for value in (self.source.text_config.get("pad_token_id"), self.tokenizer.pad_token_id):
-            if isinstance(value, int) and 0 <= value < (self.source.vocab_size or value + 1):
-                return value
-        return 0
+        """What padding is filled with."""
+        return _pad_id(self.source, self.tokenizer)
 
     @torch.inference_mode()
     def activations(self, ids_BT: Tensor, mask_BT: Tensor) -> dict[Site, Tensor]:
@@ -101,6 +100,60 @@ class LanguageModel:
         return acts.reshape(batch, length, self.d_in)
 
 
+@dataclass(eq=False)
+class HeadedModel:
+    """A whole model, which predicts tokens with something else in the place of a site's activations."""
+
+    model: Any = field(repr=False)
+    modules: dict[Site, nn.Module] = field(repr=False)
+    """The module whose output each site is."""
+    device: torch.device
+    causal: bool
+    """Whether it predicts each next token, or masked ones."""
+    vocabulary: int
+    """Entries of a prediction."""
+    pad_id: int
+    """What padding is filled with."""
+    mask_id: int | None
+    """The token that stands for a masked one, if there is one."""
+
+    @torch.inference_mode()
+    def logits(
+        self, ids_BT: Tensor, mask_BT: Tensor, site: Site | None = None, replace: Replace | None = None
+    ) -> Tensor:
+        """Predictions [B, T, vocabulary].
+
+        Args:
+            ids_BT: int64, padded on the right, on the device.
+            mask_BT: int64, 1 for tokens.
+            site: where activations are replaced.
+            replace: gives for the site's activations, [B · T, d_in] in the model's precision, others.
+
+        """
+        if site is None or replace is None:
+            found: Tensor = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
+            return found
+        handle = self.modules[site].register_forward_hook(partial(_replaced, replace))
+        try:
+            return self.logits(ids_BT, mask_BT)
+        finally:
+            handle.remove()
+
+
+def _pad_id(source: ModelSource, tokenizer: Any) -> int:
+    """The model's own, as some families derive positions from it; else the tokenizer's."""
+    for value in (source.text_config.get("pad_token_id"), tokenizer.pad_token_id):
+        if isinstance(value, int) and 0 <= value < (source.vocab_size or value + 1):
+            return value
+    return 0
+
+
+def _replaced(replace: Replace, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+    acts = output if isinstance(output, Tensor) else output[0]
+    others = replace(acts.reshape(-1, acts.shape[-1])).reshape(acts.shape).to(acts.dtype)
+    return others if isinstance(output, Tensor) else (others, *output[1:])
+
+
 class _AllCaught(Exception):
     """Every site has been seen."""
 
@@ -128,25 +181,73 @@ def load(
         MemoryExhausted: if it does not fit although it was planned to.
 
     """
-    folder = source.folder
-    if folder is None:
-        from . import hub
-
-        folder = hub.fetch(source.name, str(source.commit), token, allow_unsafe=allow_unsafe)
-    # The lease counts GPUs in the driver's order; CUDA by itself would put the fastest first.
-    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    _speak_as_we_do()
+    folder = _folder(source, token, allow_unsafe)
     with _load_errors(source.name):
         tokenizer = _tokenizer(folder, allow_unsafe)
-        trunk, warnings = _trunk(source, folder, plan, allow_unsafe)
-    trunk.eval().requires_grad_(False)
-    trunk.config.use_cache = False
+        trunk, warnings = _planned(partial(_trunk, source, folder), plan, allow_unsafe)
+    _freeze(trunk)
     blocks = find_blocks(trunk, source.architecture, source.total_layers)
     modules = {site: hooked_module(blocks[site.layer], source.architecture, site.hook_site) for site in sites}
     del blocks[max(site.layer for site in sites) + 1 :]
     dtype = next(weight.dtype for weight in trunk.parameters() if weight.is_floating_point())
     device = torch.device(plan.device)
     return LanguageModel(trunk, tokenizer, source, tuple(sites), device, dtype, modules, warnings)
+
+
+def load_with_head(
+    source: ModelSource,
+    plan: MemoryPlan,
+    sites: Sequence[Site],
+    *,
+    token: str | None = None,
+    allow_unsafe: bool = False,
+) -> HeadedModel:
+    """Load the whole model, with the head that predicts tokens.
+
+    Raises:
+        ModelRefused: if it has no such head, or as `load`.
+        HubUnreachable, RequestRefused, MemoryExhausted: as `load`.
+
+    """
+    folder = _folder(source, token, allow_unsafe)
+    with _load_errors(source.name):
+        tokenizer = _tokenizer(folder, allow_unsafe)
+        model, _ = _planned(partial(_headed, source, folder), plan, allow_unsafe)
+    _freeze(model)
+    blocks = find_blocks(model.base_model, source.architecture, source.total_layers)
+    modules = {site: hooked_module(blocks[site.layer], source.architecture, site.hook_site) for site in sites}
+    return HeadedModel(
+        model,
+        modules,
+        torch.device(plan.device),
+        is_causal(source.architecture),
+        source.vocab_size,
+        _pad_id(source, tokenizer),
+        tokenizer.mask_token_id,
+    )
+
+
+def is_causal(architecture: str) -> bool:
+    """Whether the family is a decoder: it has a causal head and no masked one, which encoders have."""
+    causal, masked = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return architecture in causal and architecture not in masked
+
+
+def _folder(source: ModelSource, token: str | None, allow_unsafe: bool) -> Path:
+    """Where the model's files are, fetched if they are not here."""
+    # The lease counts GPUs in the driver's order; CUDA by itself would put the fastest first.
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    _speak_as_we_do()
+    if source.folder is not None:
+        return source.folder
+    from . import hub
+
+    return hub.fetch(source.name, str(source.commit), token, allow_unsafe=allow_unsafe)
+
+
+def _freeze(model: Any) -> None:
+    model.eval().requires_grad_(False)
+    model.config.use_cache = False
 
 
 def _speak_as_we_do() -> None:
@@ -165,24 +266,25 @@ def _tokenizer(folder: Path, allow_unsafe: bool) -> Any:
     )
 
 
-def _trunk(source: ModelSource, folder: Path, plan: MemoryPlan, allow_unsafe: bool) -> tuple[Any, list[str]]:
-    """The trunk on its device; without quantisation, and with a warning, where quantisation fails."""
+def _planned(loaded: Callable[[dict[str, Any]], Any], plan: MemoryPlan, allow_unsafe: bool) -> tuple[Any, list[str]]:
+    """A model on its device, as planned; without quantisation, and with a warning, where quantisation fails."""
     options: dict[str, Any] = {
         "local_files_only": True,
         "trust_remote_code": allow_unsafe,
         "dtype": getattr(torch, plan.dtype),
+        "output_loading_info": True,
     }
     if not allow_unsafe:
         options["use_safetensors"] = True
     if plan.quantization == "nf4":
         try:
-            return _loaded(source, folder, options | _nf4(plan.device)), []
+            return loaded(options | _nf4(plan.device)), []
         except (ImportError, RuntimeError, ValueError) as error:
             logger.warning("quantisation failed, loading without it: %s", error)
-            return _loaded(source, folder, options).to(plan.device), [
+            return loaded(options).to(plan.device), [
                 f"4-bit loading failed ({type(error).__name__}); the model is loaded in {plan.dtype}"
             ]
-    return _loaded(source, folder, options).to(plan.device), []
+    return loaded(options).to(plan.device), []
 
 
 def _nf4(device: str) -> dict[str, Any]:
@@ -196,13 +298,12 @@ def _nf4(device: str) -> dict[str, Any]:
     return {"quantization_config": quantization, "device_map": {"": device}}
 
 
-def _loaded(source: ModelSource, folder: Path, options: dict[str, Any]) -> Any:
-    """Of an encoder-decoder only the encoder.
+def _trunk(source: ModelSource, folder: Path, options: dict[str, Any]) -> Any:
+    """The model without a head; of an encoder-decoder only the encoder.
 
     Raises:
         ValueError: if the files lack weights: the library would draw them at random, and say so only in a log line.
     """
-    options |= {"output_loading_info": True}
     if not source.config.get("is_encoder_decoder"):
         trunk, report = transformers.AutoModel.from_pretrained(folder, **options)
     elif source.architecture in TEXT_ENCODERS:
@@ -210,10 +311,30 @@ def _loaded(source: ModelSource, folder: Path, options: dict[str, Any]) -> Any:
     else:
         whole, report = transformers.AutoModel.from_pretrained(folder, **options)
         trunk = whole.get_encoder()
-    missing = sorted(name for name in report["missing_keys"] if not name.startswith(UNUSED))
+    _refuse_missing(report["missing_keys"])
+    return trunk
+
+
+def _headed(source: ModelSource, folder: Path, options: dict[str, Any]) -> Any:
+    """The model with its head.
+
+    Raises:
+        ValueError: if the family has none, or the files lack its weights.
+    """
+    if source.config.get("is_encoder_decoder"):
+        raise ValueError("an encoder-decoder's encoder predicts no tokens")
+    auto: Any = (
+        transformers.AutoModelForCausalLM if is_causal(source.architecture) else transformers.AutoModelForMaskedLM
+    )
+    model, report = auto.from_pretrained(folder, **options)
+    _refuse_missing(report["missing_keys"])
+    return model
+
+
+def _refuse_missing(names: Iterable[str]) -> None:
+    missing = sorted(name for name in names if not name.startswith(UNUSED))
     if missing:
         raise ValueError(f"its files lack {len(missing)} weights, {missing[0]} among them")
-    return trunk
 
 
 @contextmanager

@@ -5,9 +5,10 @@ Counts bytes and asks the driver and the system what is free; imports no torch, 
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
+from mistudio_schemas import TrainRequested
 from mistudio_train.errors import NotEnoughMemory
 from mistudio_train.gpu import Gpu
 from mistudio_train.messages import JobSpec
@@ -26,6 +27,8 @@ SAE_COPIES: Final = 7
 transpose with its gradient, twice where dead latents have a loss of their own."""
 SAE_BATCH_COPIES: Final = 8
 """fp32 matrices of rows by latents that a step holds at once, as measured."""
+LOGITS_BYTES: Final = 256 * 1024**2
+"""Of the predictions of one forward pass, with the copies that the loss makes."""
 MAX_TOKENS_CPU: Final = 2048
 """Beyond this a forward pass on a CPU gains nothing: its activations leave the cache."""
 MAX_TOKENS_GPU: Final = 65536
@@ -54,6 +57,8 @@ class MemoryPlan:
     parameters: int
     memory_optimizations: dict[str, Any] = field(default_factory=dict)
     """What the job's metadata says of it, with the seed's keys."""
+    splices: bool = False
+    """Whether there is room for the whole model beside the SAEs, to see what it loses with one in its place."""
     warnings: tuple[str, ...] = ()
 
 
@@ -89,11 +94,16 @@ def plan_memory(source: ModelSource, spec: JobSpec, device: Device | None = None
         raise _too_large(needed + device.overhead, device, sae_bytes >= needed)
     cap = MAX_TOKENS_GPU if device.gpu else MAX_TOKENS_CPU
     tokens = max(length, _power_of_two(min(cap, (room - model_bytes) // per_token)))
-    planned = device.overhead + max(model_bytes + tokens * per_token, sae_bytes)
+    wants_splices, splicing = _splicing(spec.request), splicing_bytes(source, spec, dtype, quantization)
+    splices = wants_splices and splicing <= room
+    planned = device.overhead + max(model_bytes + tokens * per_token, sae_bytes, splicing if splices else 0)
     plan = MemoryPlan(
         device.name, dtype, quantization, tokens, model_bytes, sae_bytes, planned, device.available_bytes,
-        sum(map(_size, shapes.values())), warnings=_warnings(spec.request.quantization, quantization),
+        sum(map(_size, shapes.values())), splices=splices, warnings=_warnings(spec.request.quantization, quantization),
     )  # fmt: skip
+    if wants_splices and not splices:
+        too_large = f"the whole model needs {splicing / GIB:.2f} GiB: its cross-entropy with an SAE is not measured"
+        plan = replace(plan, warnings=(*plan.warnings, too_large))
     plan.memory_optimizations.update(_optimizations(source.name, plan, length))
     return plan
 
@@ -105,6 +115,18 @@ def trunk_shapes(source: ModelSource, token: str | None = None) -> dict[str, tup
     if source.config.get("is_encoder_decoder"):
         skipped = (*skipped, "decoder.", "model.decoder.")
     return {name: shape for name, shape in shapes.items() if not name.startswith(skipped)}
+
+
+def splicing_bytes(source: ModelSource, spec: JobSpec, dtype: Dtype, quantization: str) -> int:
+    """Bytes of the whole model with its head, its predictions, and the weights of all SAEs."""
+    shapes = source.parameter_shapes(spec.token) or _estimated_shapes(source)
+    saes = sum(4 * 2 * source.d_in * (sae.hidden_dim or 0) for sae in spec.request.resolved_saes())
+    return weight_bytes(shapes, dtype, quantization) + LOGITS_BYTES + saes
+
+
+def _splicing(request: TrainRequested) -> bool:
+    """Whether the request wants it; the mean of a text has no place in the model."""
+    return bool(request.pooling == "token" and request.cross_entropy_tokens and request.held_out_share)
 
 
 def weight_bytes(shapes: Mapping[str, tuple[int, ...]], dtype: Dtype, quantization: str) -> int:

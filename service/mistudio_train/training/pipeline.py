@@ -6,7 +6,7 @@ Reads top to bottom as the job goes; each step's substance is in its own module.
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -14,11 +14,10 @@ import tokenizers
 import torch
 import transformers
 from torch import Tensor
-from transformers.models.auto import modeling_auto
 
-from mistudio_schemas import SAEConfig, TrainRequested
+from mistudio_schemas import CrossEntropy, SAEConfig, TrainRequested
 from mistudio_train import __version__
-from mistudio_train.errors import MemoryExhausted
+from mistudio_train.errors import MemoryExhausted, ModelRefused
 from mistudio_train.messages import Finished, Lease, LeftEarly
 from mistudio_train.sae.build import recipe_for
 
@@ -30,7 +29,7 @@ from .extract import Extraction, extract
 from .files import write_json
 from .fit import HELD_OUT_ROWS, Fitted, NothingTrained, fit
 from .identity import content_of, request_digest
-from .language_model import LanguageModel, is_out_of_memory, load
+from .language_model import LanguageModel, is_causal, is_out_of_memory, load, load_with_head
 from .memory_plan import GIB, MemoryPlan
 from .reporter import Reporter
 from .results import Context, Written, write_result
@@ -39,12 +38,14 @@ from .saelens import Origin
 from .selection import MOST_LEFT_OUT, Selection, hold_out, select
 from .shuffle import ShuffledRows
 from .sites import Site
-from .tokens import frame_of
+from .spliced import Splice, cross_entropies
+from .tokens import Tokens, frame_of
 
 LOADING: Final = (0.02, 0.05)
 EXTRACTING: Final = (0.05, 0.4)
-TRAINING: Final = (0.4, 0.88)
-WRITING: Final = (0.88, 1.0)
+TRAINING: Final = (0.4, 0.85)
+SPLICING: Final = (0.85, 0.9)
+WRITING: Final = (0.9, 1.0)
 
 
 def carry_out(job: Accepted, reporter: Reporter) -> Finished:
@@ -82,8 +83,9 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
     selections = [by_site[site] for site in job.sites.of_saes]
     with _memory_errors(job.plan):
         fitted = _fit_all(context, job, stores, selections, checkpoints, reporter)
+        losses = _cross_entropies(context, job, fitted, selections, extraction.tokens, reporter)
         origins_of_saes = [origins[site] for site in job.sites.of_saes]
-        written = _write_all(context, job, fitted, stores, selections, origins_of_saes, reporter)
+        written = _write_all(context, job, fitted, stores, selections, origins_of_saes, losses, reporter)
     primary = written[0]
     return Finished(
         model_info=context.info,
@@ -255,6 +257,47 @@ def _sample_of_held_out(store: ActivationStore, selection: Selection) -> Tensor 
     return store.gather(rows) if len(rows) else None
 
 
+def _cross_entropies(
+    context: Context,
+    job: Accepted,
+    fitted: list[Fitted],
+    selections: list[Selection],
+    tokens: Tokens,
+    reporter: Reporter,
+) -> Sequence[CrossEntropy | None]:
+    """What the language model loses with each SAE in its place; nothing where that cannot be told."""
+    nothing = [None] * len(fitted)
+    if not job.plan.splices or not selections[0].counts.held_out or reporter.wish == "stop":
+        return nothing
+
+    def on_progress(done: float) -> None:
+        if reporter.wish == "leave":
+            raise LeftEarly
+        if reporter.due:
+            reporter.say(done)
+
+    reporter.enter("evaluating", "predicting held-out tokens with each SAE in the model's place", SPLICING)
+    splices = list(map(Splice, job.sites.of_saes, (one.sae for one in fitted), selections))
+    try:
+        with reporter.one_call():
+            model = load_with_head(
+                job.source,
+                job.plan,
+                job.sites.distinct,
+                token=job.spec.token,
+                allow_unsafe=job.spec.allow_unsafe_models,
+            )
+        measured = cross_entropies(
+            model, splices, tokens, limit=job.spec.request.cross_entropy_tokens, on_progress=on_progress
+        )
+    except ModelRefused as error:
+        reporter.warn(f"no cross-entropy: {error}")
+        return nothing
+    del model
+    _free(job.plan)
+    return measured or nothing
+
+
 def _write_all(
     context: Context,
     job: Accepted,
@@ -262,6 +305,7 @@ def _write_all(
     stores: list[ActivationStore],
     selections: list[Selection],
     origins: list[Origin],
+    losses: Sequence[CrossEntropy | None],
     reporter: Reporter,
 ) -> list[Written]:
     """Evaluate each SAE and write its files."""
@@ -276,6 +320,7 @@ def _write_all(
                 stores[position],
                 selections[position],
                 origins[position],
+                losses[position],
                 _place(configs, position),
                 reporter,
                 _part(WRITING, position, len(fitted)),
@@ -327,9 +372,3 @@ def _origin(model: LanguageModel, site: Site, request: TrainRequested, length: i
         pooling=request.pooling,
         model_revision=model.source.commit,
     )
-
-
-def is_causal(architecture: str) -> bool:
-    """Whether the family is a decoder: it has a causal head and no masked one, which encoders have."""
-    causal, masked = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    return architecture in causal and architecture not in masked

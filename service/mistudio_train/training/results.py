@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mistudio_schemas import CorpusInfo, ModelInfo, SAEConfig, SAEResult
+from mistudio_schemas import CorpusInfo, CrossEntropy, ModelInfo, SAEConfig, SAEMetrics, SAEResult
 from mistudio_train import __version__
 from mistudio_train.messages import JobSpec
 
@@ -70,6 +70,7 @@ def write_result(
     rows: OrderedRows,
     selection: Selection,
     origin: Origin,
+    cross_entropy: CrossEntropy | None,
     place: str,
     reporter: Reporter,
     share: tuple[float, float],
@@ -83,6 +84,7 @@ def write_result(
         rows: of its site.
         selection: what each of them is.
         origin: its site in SAELens' words.
+        cross_entropy: what the language model loses with it in its place, if that was measured.
         place: its folder below the run's root, ending in `/`; empty for the primary SAE.
         reporter: told how far it is.
         share: of the whole work.
@@ -107,7 +109,9 @@ def write_result(
     if not context.mean_pooled or bundle.truncated:
         features = _write_features(context, evaluation, fitted.sae.d_sae, folder, origin)
     _warn_of_truncation(reporter, config, bundle, features)
-    result = _result(context, config, fitted, evaluation, selection, origin, place)
+    result = _result(
+        context, config, fitted, evaluation.metrics(fitted.final_loss, cross_entropy), selection, origin, place
+    )
     statistics = evaluation.statistics().result()
     rates_F = torch.tensor(statistics["feature_activation_rates"], dtype=torch.float64)
     write_saelens(folder / "sae", fitted.sae, origin, rates_F)
@@ -221,7 +225,7 @@ def _result(
     context: Context,
     config: SAEConfig,
     fitted: Fitted,
-    evaluation: Evaluation,
+    metrics: SAEMetrics,
     selection: Selection,
     origin: Origin,
     place: str,
@@ -237,7 +241,7 @@ def _result(
         steps=fitted.steps,
         stop_reason=fitted.stop_reason,
         rows=selection.counts,
-        metrics=evaluation.metrics(fitted.final_loss),
+        metrics=metrics,
         prefix=context.spec.uri_prefix + place,
     )
 
@@ -256,7 +260,7 @@ def _training_results(fitted: Fitted, context: Context) -> dict[str, object]:
         "reinitialized": [epoch.reinitialized for epoch in fitted.epochs],
         "final_loss": fitted.final_loss,
         "learning_rate_share": fitted.rate,
-        "held_out": {
+        "held_out_curve": {
             "steps": [point.step for point in fitted.held_out],
             "fvu": [point.fvu for point in fitted.held_out],
             "l0": [point.l0 for point in fitted.held_out],

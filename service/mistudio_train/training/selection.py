@@ -55,6 +55,8 @@ class Selection:
     left_out: int
     """The bits of rows that no SAE is trained on nor judged by."""
     counts: RowsInfo
+    mean_D: Tensor | None = None  # noqa: N815
+    """Of the training rows, fp32 [d_in]; `None` where a row is a whole text."""
 
     def training(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Which of the rows `start` to `stop` are trained on."""
@@ -134,14 +136,17 @@ def select(
     limit = float("inf") if median is None else request.high_norm_ratio * median
     first_tokens = _first_tokens(tokens) if token_rows else np.empty(0, np.int64)
     counts = dict.fromkeys(range(8), 0)
+    sums = torch.zeros(8, store.d_in, dtype=torch.float64)
     with ArrayWriter(path, np.uint8) as writer:
         for start in range(0, store.rows, ROWS_AT_ONCE):
             stop = min(start + ROWS_AT_ONCE, store.rows)
             flags = held_out_texts[store.text_of_row[start:stop]].astype(np.uint8) * HELD_OUT
-            if median is not None:
-                flags |= (_norms(store.read(start, stop)) > limit).astype(np.uint8) * HIGH_NORM
             first, last = np.searchsorted(first_tokens, (start, stop))
             flags[first_tokens[first:last] - start] |= FIRST_TOKEN
+            if token_rows:
+                rows_ND = store.read(start, stop)
+                flags |= (_norms(rows_ND) > limit).astype(np.uint8) * HIGH_NORM
+                sums.index_add_(0, torch.from_numpy(flags.astype(np.int64)), rows_ND.double())
             writer.append(flags)
             for kind, number in enumerate(np.bincount(flags, minlength=8).tolist()):
                 counts[kind] += number
@@ -150,7 +155,9 @@ def select(
     info = _counted(counts, left_out, median)
     if info.left_out > MOST_LEFT_OUT * store.rows or not info.training:
         left_out, info = 0, _counted(counts, 0, median)
-    return Selection(ArrayFile(path, np.uint8), left_out, info)
+    trained_on = [bits for bits in counts if not bits & (HELD_OUT | left_out)]
+    mean_D = (sums[trained_on].sum(0) / max(1, info.training)).float() if token_rows else None
+    return Selection(ArrayFile(path, np.uint8), left_out, info, mean_D)
 
 
 def _counted(counts: dict[int, int], left_out: int, median: float | None) -> RowsInfo:

@@ -159,6 +159,26 @@ def tokenize(
     return files.tokens_read(info)
 
 
+def padded(tokens: Tokens, windows: NDArray[Any], pad_id: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Some windows as the model takes them: ids, attention mask and real tokens, [B, T] each.
+
+    Always padded on the right, whatever the tokenizer does. Real tokens are those that rows are made of.
+    """
+    frame, specials = tokens.rules.frame, tokens.rules.include_special_tokens
+    before, width = len(frame.before), int(windows["length"].max()) + len(frame)
+    ids_BT = np.full((len(windows), width), pad_id, np.int64)
+    mask_BT = np.zeros((len(windows), width), np.int64)
+    real_BT = np.zeros((len(windows), width), bool)
+    for row, (start, length) in enumerate(zip(windows["start"].tolist(), windows["length"].tolist(), strict=True)):
+        end = length + len(frame)
+        ids_BT[row, :end] = [*frame.before, *tokens.ids.read(start, start + length), *frame.after]
+        mask_BT[row, :end] = 1
+        # A text of special tokens alone has no others to be the mean of.
+        real = slice(0, end) if specials or not length else slice(before, before + length)
+        real_BT[row, real] = True
+    return ids_BT, mask_BT, real_BT
+
+
 def _bodies(texts: Texts, tokenizer: Any) -> Iterator[tuple[int, list[list[int]]]]:
     """The texts' own tokens, some texts at a time, with the first text's number."""
     waiting: list[str] = []

@@ -1,0 +1,214 @@
+"""What the language model loses when an SAE stands in the place of its activations, on held-out texts.
+
+How well the model predicts their tokens is measured as it is, and with the rows of a site replaced by reconstructions,
+by zero and by their mean. Rows that the SAE is not judged by stay as they are. Owns the texts, the masks and the sums;
+must not train, and must not load a model.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from mistudio_schemas import CrossEntropy
+from mistudio_train.sae.folded import FoldedSAE
+
+from .language_model import HeadedModel, Replace
+from .memory_plan import LOGITS_BYTES
+from .order import RowOrder
+from .selection import HELD_OUT, Selection
+from .sites import Site
+from .tokens import Tokens, padded
+
+MASKED_SHARE: Final = 0.15
+"""Of an encoder's tokens, masked and predicted (Devlin et al. 2019, arXiv:1810.04805)."""
+BYTES_PER_LOGIT: Final = 12
+"""In the model's precision, in fp32, and what the loss makes of it."""
+NOTHING: Final = 1e-6
+"""Of a smaller difference of losses no share can be recovered."""
+
+
+@dataclass(frozen=True)
+class Splice:
+    """An SAE, and the site that it is of."""
+
+    site: Site
+    sae: FoldedSAE
+    selection: Selection
+
+
+def cross_entropies(
+    model: HeadedModel,
+    splices: Sequence[Splice],
+    tokens: Tokens,
+    *,
+    limit: int,
+    on_progress: Callable[[float], None],
+) -> list[CrossEntropy] | None:
+    """Measure each SAE; `None` if there is nothing to predict.
+
+    Args:
+        model: with its head.
+        splices: the SAEs, whose selections hold out the same texts.
+        tokens: the corpus.
+        limit: held-out tokens that go through the model, about.
+        on_progress: told the share that is done, after each batch.
+    """
+    windows = _held_out_windows(tokens, splices[0].selection, limit)
+    if not len(windows) or not (model.causal or model.mask_id):
+        return None
+    ways = _ways(splices, model.device)
+    sums = dict.fromkeys(["clean", *ways], 0.0)
+    predicted, done, total = 0, 0, int(windows["length"].sum())
+    for batch in _batches(windows, len(tokens.rules.frame), model.vocabulary):
+        asked = _asked(tokens, batch, model.pad_id, None if model.causal else model.mask_id)
+        predicted += asked.predicted
+        there = asked.to(model.device)
+        sums["clean"] += there.loss(model.logits(there.ids_BT, there.mask_BT))
+        for way, (splice, replace) in ways.items():
+            judged_N = _judged(tokens, splice.selection, batch, asked.real_BT).to(model.device)
+            sums[way] += there.loss(
+                model.logits(there.ids_BT, there.mask_BT, splice.site, partial(_where, judged_N, replace))
+            )
+        done += int(batch["length"].sum())
+        on_progress(done / total)
+    if not predicted:
+        return None
+    means = {way: loss / predicted for way, loss in sums.items()}
+    return [_result(means, f"sae {i}", splice.site, predicted, model.causal) for i, splice in enumerate(splices)]
+
+
+def _ways(splices: Sequence[Splice], device: torch.device) -> dict[str, tuple[Splice, Replace]]:
+    """What the rows of a site are replaced by; every SAE is one way, and SAEs of one site share the other two."""
+    ways: dict[str, tuple[Splice, Replace]] = {}
+    for number, splice in enumerate(splices):
+        mean_D = splice.selection.mean_D
+        assert mean_D is not None  # rows are tokens
+        ways[f"zero {splice.site}"] = splice, torch.zeros_like
+        ways[f"mean {splice.site}"] = splice, partial(_same, mean_D.to(device))
+        ways[f"sae {number}"] = splice, partial(_reconstructed, splice.sae.to(device))
+    return ways
+
+
+def _same(row_D: Tensor, x_ND: Tensor) -> Tensor:
+    return row_D.to(x_ND.dtype).expand_as(x_ND)
+
+
+def _reconstructed(sae: FoldedSAE, x_ND: Tensor) -> Tensor:
+    return sae.decode(sae.encode(x_ND.float())).to(x_ND.dtype)
+
+
+def _where(judged_N: Tensor, replace: Replace, x_ND: Tensor) -> Tensor:
+    """The rows, those that are judged replaced."""
+    others_ND = x_ND.clone()
+    others_ND[judged_N] = replace(x_ND[judged_N])
+    return others_ND
+
+
+def _result(means: dict[str, float], way: str, site: Site, predicted: int, causal: bool) -> CrossEntropy:
+    clean, spliced = means["clean"], means[way]
+    zero, mean = means[f"zero {site}"], means[f"mean {site}"]
+
+    def recovered(without: float) -> float | None:
+        return (without - spliced) / (without - clean) if abs(without - clean) > NOTHING else None
+
+    return CrossEntropy(
+        tokens=predicted,
+        masked=not causal,
+        clean=clean,
+        spliced=spliced,
+        zero=zero,
+        mean=mean,
+        recovered_zero=recovered(zero),
+        recovered_mean=recovered(mean),
+    )
+
+
+def _held_out_windows(tokens: Tokens, selection: Selection, limit: int) -> NDArray[Any]:
+    """Of held-out texts, from everywhere, until they have as many tokens; the longest first."""
+    windows = tokens.windows.read(0, len(tokens.windows))
+    flags = selection.flags.read(0, len(selection.flags))
+    mine: NDArray[Any] = windows[(flags[windows["row"]] & HELD_OUT != 0) & (windows["length"] > 1)]
+    if not len(mine):
+        return mine
+    mixed = mine[RowOrder(len(mine), (0,)).at(0, len(mine))]
+    before = np.cumsum(mixed["length"]) - mixed["length"]
+    chosen: NDArray[Any] = mixed[before < limit]
+    longest_first: NDArray[Any] = chosen[np.argsort(-chosen["length"].astype(np.int64), kind="stable")]
+    return longest_first
+
+
+def _batches(windows: NDArray[Any], frame: int, vocabulary: int) -> Iterator[NDArray[Any]]:
+    """Windows whose predictions fit together."""
+    at = 0
+    while at < len(windows):
+        each = (int(windows["length"][at]) + frame) * vocabulary * BYTES_PER_LOGIT
+        count = max(1, LOGITS_BYTES // each)
+        yield windows[at : at + count]
+        at += count
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """Sequences, and which of their tokens the model is to predict."""
+
+    ids_BT: Tensor  # noqa: N815
+    mask_BT: Tensor  # noqa: N815
+    real_BT: Tensor  # noqa: N815
+    """Tokens that rows are made of."""
+    predicts_BT: Tensor  # noqa: N815
+    """Places whose prediction counts."""
+    targets_BT: Tensor  # noqa: N815
+    """What is right there."""
+
+    @property
+    def predicted(self) -> int:
+        """How many count."""
+        return int(self.predicts_BT.sum())
+
+    def to(self, device: torch.device) -> "_Asked":
+        return _Asked(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+
+    def loss(self, logits_BTV: Tensor) -> float:
+        """The sum of the cross-entropies, in nats."""
+        logits_NV = logits_BTV[self.predicts_BT].float()
+        return float(functional.cross_entropy(logits_NV, self.targets_BT[self.predicts_BT], reduction="sum"))
+
+
+def _asked(tokens: Tokens, windows: NDArray[Any], pad_id: int, mask_id: int | None) -> _Asked:
+    """Without a mask every token of the text is predicted from those before it, the very first if any comes before."""
+    ids_BT, mask_BT, real_BT = padded(tokens, windows, pad_id)
+    before, width = len(tokens.rules.frame.before), ids_BT.shape[1]
+    place_T, ends_B = np.arange(width), before + windows["length"].astype(np.int64)
+    text_BT = (place_T >= before) & (place_T < ends_B[:, None])
+    if mask_id is None:
+        predicts_BT, targets_BT = np.zeros_like(text_BT), np.zeros_like(ids_BT)
+        predicts_BT[:, :-1], targets_BT[:, :-1] = text_BT[:, 1:], ids_BT[:, 1:]
+    else:
+        targets_BT, predicts_BT = ids_BT.copy(), text_BT & _chosen(windows, before, width)
+        ids_BT[predicts_BT] = mask_id
+    return _Asked(*map(torch.from_numpy, (ids_BT, mask_BT, real_BT, predicts_BT, targets_BT)))
+
+
+def _chosen(windows: NDArray[Any], before: int, width: int) -> NDArray[np.bool_]:
+    """The tokens of each window that are masked, always the same: bool [B, T]."""
+    chosen_BT = np.zeros((len(windows), width), bool)
+    for row, (start, length) in enumerate(zip(windows["start"].tolist(), windows["length"].tolist(), strict=True)):
+        count = max(1, round(MASKED_SHARE * length))
+        chosen_BT[row, before + RowOrder(length, (start,)).at(0, count)] = True
+    return chosen_BT
+
+
+def _judged(tokens: Tokens, selection: Selection, windows: NDArray[Any], real_BT: Tensor) -> Tensor:
+    """Which tokens have rows that are not left out: bool [B · T]."""
+    judged_BT = torch.zeros_like(real_BT)
+    for row, (first, real_T) in enumerate(zip(windows["row"].tolist(), real_BT, strict=True)):
+        flags = selection.flags.read(first, first + int(real_T.sum()))
+        judged_BT[row, real_T] = torch.from_numpy(flags & selection.left_out == 0)
+    return judged_BT.flatten()
