@@ -13,7 +13,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Self
@@ -117,11 +116,10 @@ class Compared:
 class _Watch:
     """Follows a child from step to step, and makes the kernel's peak begin anew with each."""
 
-    def __init__(self, pid: int, saes: Sequence[SAEConfig]) -> None:
+    def __init__(self, pid: int) -> None:
         self.base_bytes = 0
         self.steps: dict[str, Resident] = {}
-        self._pid, self._waiting = pid, [str(sae.name) for sae in saes]
-        self._phase, self._sae, self._began = "accepting", "", 0.0
+        self._pid, self._name, self._began = pid, "accepting", 0.0
         self._step: Resident | None = None
         self._ended = threading.Event()
         self._looking = threading.Thread(target=self._look, daemon=True)
@@ -136,16 +134,15 @@ class _Watch:
 
     def hear(self, message: Progress) -> None:
         """Told everything that the child says of its progress."""
-        if message.phase == self._phase:
+        name = f"{message.phase} {message.sae or ''}".rstrip()
+        if name == self._name:
             return
-        self._phase = message.phase
-        if message.phase == "training":
-            self._sae = f" {self._waiting.pop(0)}"
+        self._name = name
         if message.phase == "extracting":
             self.base_bytes = message.memory_allocated_bytes or 0
         if self.base_bytes:
             self.close(status_of(self._pid)["VmHWM"])
-            self._step = self.steps[message.phase + self._sae] = Resident()
+            self._step = self.steps[name] = Resident()
             # 5: "reset the peak resident set size to the process's current value", proc_pid_clear_refs(5).
             Path(f"/proc/{self._pid}/clear_refs").write_text("5")
 
@@ -254,7 +251,7 @@ def measure(case: Case, rows: int, model: Path, folder: Path) -> Measured:
 async def _measured(spec: JobSpec) -> Measured:
     async with Child(spec, STALL_SECONDS, STALL_SECONDS) as child:
         assert child.pid is not None  # it has been started
-        with _Watch(child.pid, spec.request.resolved_saes()) as watch:
+        with _Watch(child.pid) as watch:
             async for message in child.messages():
                 match message:
                     case Progress():

@@ -192,7 +192,7 @@ class TrainRequested(Contract):
                 raise ValueError(f"Maximum epochs must be between 1 and {limits.max_epochs}")
             if sae.layer_number is not None and sae.layer_number > limits.max_layer:
                 raise ValueError(f"Layer number seems too high (max {limits.max_layer})")
-            if isinstance(sae, KSparseFields) and sae.k > (sae.hidden_dim or 0):
+            if isinstance(sae, KSparseFields) and (sae.k or 0) > (sae.hidden_dim or 0):
                 raise ValueError(f"k must be at most the hidden dimension ({sae.k} > {sae.hidden_dim})")
         return self
 
@@ -230,7 +230,10 @@ class TrainRequested(Contract):
         for field in ("hook_site", "hidden_dim", "max_epochs", "seed"):
             if getattr(sae, field) is None:
                 filled[field] = getattr(self, field)
-        if isinstance(sae, StandardSAE):
+        if isinstance(sae, KSparseFields) and sae.k is None:
+            most = (sae.hidden_dim or self.hidden_dim) // 4
+            filled["k"] = max(1, min(16 if self.pooling == "mean" else 32, most))
+        if isinstance(sae, StandardSAE) and sae.is_the_seeds:
             for field in ("sparsity_coeff", "learning_rate", "batch_size", "min_loss"):
                 if getattr(sae, field) is None:
                     filled[field] = getattr(self, field)

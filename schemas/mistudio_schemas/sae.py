@@ -3,9 +3,9 @@
 A field that is `null` takes the request's field of the same name, or the kind's own recipe where its docstring says so.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from .base import Contract
 
@@ -36,44 +36,89 @@ class SAEFields(Contract):
         self.model_fields_set.add("kind")
 
 
-class StandardSAE(SAEFields):
-    """The seed's SAE: ReLU, `MSE(x, x_hat) + sparsity_coeff * mean(|h|)`, Xavier start, encoder bias -0.1."""
-
-    kind: Literal["standard"] = "standard"
-    sparsity_coeff: float | None = Field(None, gt=0, le=1.0)
-    """Weight of the mean absolute latent; `null`: the request's."""
-    learning_rate: float | None = Field(None, gt=0, le=1.0)
-    """Adam's step size, constant; `null`: the request's."""
-    batch_size: int | None = Field(None, ge=1, le=65536)
-    """Rows a step; `null`: the request's."""
-    min_loss: float | None = Field(None, ge=0)
-    """Training ends after an epoch whose mean loss is below this; `null`: the request's."""
-    reinitialize_dead_every: int = Field(10, ge=0)
-    """Epochs between re-initialisations of dead latents, none in the last ten epochs; 0: never."""
-
-
 class ScheduledFields(SAEFields):
-    """What all kinds but `standard` have: a schedule, and the loss that revives dead latents."""
+    """What all kinds have but the seed's: a schedule, a start from the data, and ways to revive dead latents."""
 
     learning_rate: float | None = Field(None, gt=0, le=1.0)
     """Adam's peak step size; `null`: 2e-4 / sqrt(hidden_dim / 16384)."""
-    batch_size: int = Field(1024, ge=1, le=65536)
-    """Rows a step (of a mean-pooled job at most a sixteenth of its rows)."""
+    batch_size: int | None = Field(None, ge=1, le=65536)
+    """Rows a step; `null`: 1024, of a mean-pooled job 256 and at most a sixteenth of its rows."""
+    training_rows: int | None = Field(None, ge=1)
+    """Rows to train on in all, repeated ones counted again, instead of `max_epochs`; `null`: as `max_epochs` says."""
     warmup: float = Field(0.05, ge=0, le=1)
     """Share of the steps over which the learning rate rises from zero."""
     decay: float = Field(0.2, ge=0, le=1)
     """Share of the steps at the end over which the learning rate falls to zero."""
-    aux_k_coeff: float = Field(1 / 32, ge=0)
-    """Weight of the loss by which dead latents learn the residual; 0: off."""
-    dead_after: float = Field(0.1, gt=0, le=1)
-    """A latent is dead after this share of the run's rows, or ten million rows if fewer, without being active."""
+    grad_clip: float = Field(1.0, gt=0)
+    """Upper bound of the gradient's norm."""
+    b_dec_init: Literal["mean", "geometric_median"] = "mean"
+    """Where the decoder's bias begins: the mean or the geometric median of a first sample of rows."""
+    dead_after: float | None = Field(None, gt=0, le=1)
+    """A latent is dead after this share of the run's rows, or ten million rows if fewer, without being active; `null`:
+    0.1, of a mean-pooled job five epochs."""
+    aux_k_coeff: float | None = Field(None, ge=0)
+    """Weight of the loss by which dead latents learn the residual; 0: off; `null`: 0.03125, but off for a mean-pooled
+    job of fewer than 20,000 rows."""
+    k_aux: int | None = Field(None, ge=1)
+    """Dead latents a row that take part in it; `null`: half the row's width."""
+    resample_at: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(max_length=16)] | None = None
+    """Shares of the steps after which dead latents begin anew as what is reconstructed worst; `null`: never, of a
+    mean-pooled job 0.2, 0.4."""
+    patience: int | None = Field(None, ge=0)
+    """Training ends after so many epochs without a lower FVU on held-out rows; 0: never for this reason; `null`: 0,
+    of a mean-pooled job 10."""
+
+
+class StandardSAE(ScheduledFields):
+    """The seed's SAE: ReLU, `MSE(x, x_hat) + sparsity_coeff * mean(|h|)`, Xavier start, encoder bias -0.1.
+
+    With `penalty` `decoder_norm` the one of Conerly et al. 2024 ("Update on how we train SAEs"), trained like the other
+    kinds: each activation is weighted by the norm of its decoder row.
+    """
+
+    kind: Literal["standard"] = "standard"
+    penalty: Literal["mean", "decoder_norm"] = "mean"
+    """`mean`: the seed's, of the mean absolute latent, with none of the schedule's fields. `decoder_norm`: of latents
+    times the norms of their decoder rows, summed over latents and divided by the row's width."""
+    sparsity_coeff: float | None = Field(None, gt=0)
+    """Weight of the penalty; `null`: the request's, with `decoder_norm` 1.0."""
+    sparsity_warmup: float = Field(0.05, ge=0, le=1)
+    """Share of the steps over which the penalty's weight rises from zero; `decoder_norm` only."""
+    learning_rate: float | None = Field(None, gt=0, le=1.0)
+    """Adam's step size, constant; `null`: the request's. With `decoder_norm` as the other kinds'."""
+    batch_size: int | None = Field(None, ge=1, le=65536)
+    """Rows a step; `null`: the request's. With `decoder_norm` as the other kinds'."""
+    min_loss: float | None = Field(None, ge=0)
+    """Training ends after an epoch whose mean loss is below this; `null`: the request's. `mean` only."""
+    reinitialize_dead_every: int = Field(10, ge=0)
+    """Epochs between re-initialisations of dead latents, none in the last ten epochs; 0: never. `mean` only."""
+
+    @model_validator(mode="after")
+    def _fields_of_the_other_penalty(self) -> Self:
+        mine = type(self).model_fields
+        others: tuple[str, ...] = ("min_loss", "reinitialize_dead_every")
+        if self.penalty == "mean":
+            if (self.sparsity_coeff or 0) > 1:
+                raise ValueError("Sparsity coefficient should be <= 1.0")
+            schedule = (name for name in ScheduledFields.model_fields if name not in SAEFields.model_fields)
+            others = (*(name for name in schedule if name not in ("learning_rate", "batch_size")), "sparsity_warmup")
+        given = [name for name in others if getattr(self, name) != mine[name].default]
+        if given:
+            raise ValueError(f"With penalty '{self.penalty}' there is no {', '.join(given)}")
+        return self
+
+    @property
+    def is_the_seeds(self) -> bool:
+        """Whether it has the seed's formulas."""
+        return self.penalty == "mean"
 
 
 class KSparseFields(ScheduledFields):
     """What the kinds have that keep a number of latents."""
 
-    k: int = Field(32, ge=1)
-    """Latents kept a row; of `batchtopk` and `matryoshka`, in the mean over rows."""
+    k: int | None = Field(None, ge=1)
+    """Latents kept a row, of `batchtopk` and `matryoshka` in the mean over rows; `null`: 32, of a mean-pooled job 16,
+    and at most a quarter of the latents."""
 
 
 class TopKSAE(KSparseFields):
@@ -82,23 +127,26 @@ class TopKSAE(KSparseFields):
     kind: Literal["topk"] = "topk"
 
 
-class BatchTopKSAE(KSparseFields):
+class BatchKSparseFields(KSparseFields):
+    """What the kinds have that keep k latents a row in the mean over a batch, and later those above a threshold."""
+
+    threshold_rate: float = Field(0.05, gt=0, le=1)
+    """By which share of the difference each step moves the threshold to the step's smallest kept value."""
+
+
+class BatchTopKSAE(BatchKSparseFields):
     """Keeps k latents a row in the mean over a batch, afterwards those above a threshold that it has learned.
 
     Bussmann et al. 2024 (arXiv:2412.06410), with the auxiliary-k loss.
     """
 
     kind: Literal["batchtopk"] = "batchtopk"
-    threshold_rate: float = Field(0.05, gt=0, le=1)
-    """By which share of the difference each step moves the threshold to the step's smallest kept value."""
 
 
-class MatryoshkaSAE(KSparseFields):
+class MatryoshkaSAE(BatchKSparseFields):
     """A `batchtopk` whose first latents alone must reconstruct, too (Bussmann et al. 2025, arXiv:2503.17547)."""
 
     kind: Literal["matryoshka"] = "matryoshka"
-    threshold_rate: float = Field(0.05, gt=0, le=1)
-    """By which share of the difference each step moves the threshold to the step's smallest kept value."""
     group_shares: Annotated[list[Annotated[float, Field(gt=0, lt=1)]], Field(min_length=1, max_length=16)] = [
         1 / 32,
         1 / 16,

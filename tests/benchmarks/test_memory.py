@@ -29,9 +29,9 @@ SAES = (
 STEPS = [
     "extracting",
     "training topk",
+    "training standard",
     "evaluating topk",
     "exporting topk",
-    "training standard",
     "evaluating standard",
     "exporting standard",
 ]

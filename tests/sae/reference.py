@@ -9,18 +9,26 @@ from mistudio_train.sae.trainer import Trainer
 
 
 def update(
-    weights: Collection[Tensor], decoder: Tensor, adam: torch.optim.Adam, loss: Tensor, trainer: Trainer
+    weights: Collection[Tensor],
+    decoder: Tensor,
+    adam: torch.optim.Adam,
+    loss: Tensor,
+    trainer: Trainer,
+    *,
+    free: bool = False,
 ) -> None:
     """One step of Adam as `trainer` is about to make: the decoder's gradient without the part along its rows, clipped
-    to norm 1, at the schedule's rate; and the rows' norms back to 1.
+    to norm 1, at the schedule's rate; and the rows' norms back to 1, if these are not `free`.
     """
     adam.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     slope = decoder.grad
     assert slope is not None
-    slope -= ((slope * decoder).sum(1, keepdim=True) * decoder).detach()
+    if not free:
+        slope -= ((slope * decoder).sum(1, keepdim=True) * decoder).detach()
     torch.nn.utils.clip_grad_norm_(weights, 1.0)
     adam.param_groups[0]["lr"] = trainer.recipe.learning_rate_at(trainer.steps, trainer.total_steps)
     adam.step()
-    with torch.no_grad():
-        decoder /= decoder.norm(dim=1, keepdim=True)
+    if not free:
+        with torch.no_grad():
+            decoder /= decoder.norm(dim=1, keepdim=True)

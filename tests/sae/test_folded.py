@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mistudio_schemas import BatchTopKSAE, GatedSAE, JumpReLUSAE, SAEConfig
 from mistudio_train.sae.base import SparseAutoencoder, StepInput
 from mistudio_train.sae.build import build_sae
+from mistudio_train.sae.scaled import ScaledOptions
 from mistudio_train.sae.standard import StandardAutoencoder
 from mistudio_train.sae.topk import TopKAutoencoder
 
@@ -35,7 +36,7 @@ def standard() -> SparseAutoencoder:
 
 
 def topk() -> SparseAutoencoder:
-    sae = TopKAutoencoder(D_IN, D_SAE, 1 / 32, k=K, generator=torch.Generator().manual_seed(0))
+    sae = TopKAutoencoder(D_IN, D_SAE, ScaledOptions(), k=K, generator=torch.Generator().manual_seed(0))
     sae.prepare(rows())
     return moved(sae)
 

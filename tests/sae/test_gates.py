@@ -1,16 +1,17 @@
-"""`jumprelu` and `gated` against their formulas in dense matrices, and what their thresholds learn."""
+"""`jumprelu`, `gated` and the `standard` of weighted L1 against their formulas in dense matrices; what they learn."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from mistudio_schemas import GatedSAE, JumpReLUSAE, SAEConfig
+from mistudio_schemas import GatedSAE, JumpReLUSAE, SAEConfig, StandardSAE
 from mistudio_train.sae import sparse
 from mistudio_train.sae.base import StepInput
 from mistudio_train.sae.build import build_sae
 from mistudio_train.sae.gated import GatedAutoencoder
 from mistudio_train.sae.gates import jump_relu
 from mistudio_train.sae.jumprelu import JumpReLUAutoencoder
+from mistudio_train.sae.l1 import L1Autoencoder
 from mistudio_train.sae.recipe import Recipe
 from mistudio_train.sae.scaled import ScaledAutoencoder
 from mistudio_train.sae.trainer import Trainer
@@ -24,8 +25,9 @@ KINDS: list[SAEConfig] = [
     JumpReLUSAE(hidden_dim=D_SAE, seed=4, target_l0=6, bandwidth=BANDWIDTH, initial_threshold=0.3),
     JumpReLUSAE(hidden_dim=D_SAE, seed=4, target_l0=None, bandwidth=BANDWIDTH, initial_threshold=0.3),
     GatedSAE(hidden_dim=D_SAE, seed=4, sparsity_coeff=0.5),
+    StandardSAE(hidden_dim=D_SAE, seed=4, penalty="decoder_norm", sparsity_coeff=0.5, sparsity_warmup=0.3),
 ]
-of_each_kind = pytest.mark.parametrize("config", KINDS, ids=["jumprelu, target", "jumprelu, tanh", "gated"])
+of_each_kind = pytest.mark.parametrize("config", KINDS, ids=["jumprelu, target", "jumprelu, tanh", "gated", "l1"])
 
 
 def rows(count: int = STEPS * BATCH) -> Tensor:
@@ -69,6 +71,10 @@ def dense_loss(sae: ScaledAutoencoder, weights: dict[str, Tensor], x: Tensor, in
         z_gate = pre.relu() @ weights["W_dec"].detach() + b_dec.detach()
         risen = min(1.0, (inputs.step + 1) / round(sae.sparsity_warmup * inputs.total_steps))
         extra = risen * sae.sparsity_coeff * pre.relu().sum(1).mean() / D_IN + (z_gate - z).square().mean()
+    elif isinstance(sae, L1Autoencoder):
+        h = pre.relu()
+        risen = min(1.0, (inputs.step + 1) / round(sae.sparsity_warmup * inputs.total_steps))
+        extra = risen * sae.sparsity_coeff * (h * weights["W_dec"].norm(dim=1)).sum(1).mean() / D_IN
     else:
         assert isinstance(sae, JumpReLUAutoencoder)
         threshold = weights["log_threshold"].exp()
@@ -96,7 +102,8 @@ def test_twenty_steps_equal_the_formulas_in_dense_matrices(
     adam = torch.optim.Adam(weights.values(), lr=1.0)
     for batch in batches_of(trainer):
         loss = dense_loss(sae, weights, x[batch], StepInput(x[batch], trainer.steps, trainer.total_steps))
-        update(weights.values(), weights["W_dec"], adam, loss, trainer)
+        free = isinstance(sae, L1Autoencoder)
+        update(weights.values(), weights["W_dec"], adam, loss, trainer, free=free)
         trainer.step(x[batch])
         figures = trainer.measure()
         assert figures is not None
@@ -141,7 +148,12 @@ def test_a_jumprelu_comes_to_the_latents_a_row_that_it_aims_at(target: float) ->
 
 
 @pytest.mark.parametrize(
-    "config", [GatedSAE(hidden_dim=D_SAE, seed=4), JumpReLUSAE(hidden_dim=D_SAE, seed=4, target_l0=None)]
+    "config",
+    [
+        GatedSAE(hidden_dim=D_SAE, seed=4),
+        JumpReLUSAE(hidden_dim=D_SAE, seed=4, target_l0=None),
+        StandardSAE(hidden_dim=D_SAE, seed=4, penalty="decoder_norm"),
+    ],
 )
 def test_a_larger_penalty_leaves_fewer_latents_active(config: SAEConfig) -> None:
     def l0(coefficient: float) -> float:

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from mistudio_schemas import SAEConfig, StandardSAE, TopKSAE, TrainRequested
-from mistudio_train.sae.build import build_sae, recipe_for
+from mistudio_schemas import BatchTopKSAE, SAEConfig, StandardSAE, TopKSAE, TrainRequested
+from mistudio_train.sae.build import build_sae, recipe_for, settled
+from mistudio_train.sae.l1 import L1Autoencoder
 from mistudio_train.sae.recipe import EarlyStopping, Recipe, StopReason
 from mistudio_train.sae.topk import TopKAutoencoder
 
@@ -47,7 +48,8 @@ def test_a_learning_rate_that_was_asked_for_is_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "mean_pooled", "expected"), [(5000, True, 312), (100, True, 16), (100, False, 1024), (10**6, True, 1024)]
+    ("rows", "mean_pooled", "expected"),
+    [(5000, True, 256), (2000, True, 125), (100, True, 16), (100, False, 1024), (10**6, True, 256)],
 )
 def test_a_mean_pooled_topk_takes_smaller_batches(rows: int, mean_pooled: bool, expected: int) -> None:
     assert recipe_for(resolved(TopKSAE()), rows=rows, mean_pooled=mean_pooled).batch_size == expected
@@ -56,6 +58,53 @@ def test_a_mean_pooled_topk_takes_smaller_batches(rows: int, mean_pooled: bool, 
 def test_dead_after_is_a_share_of_the_run_and_at_most_ten_million_rows() -> None:
     recipe = recipe_for(resolved(TopKSAE(dead_after=0.5), max_epochs=100), rows=10**6, mean_pooled=False)
     assert recipe.dead_after_rows == 10_000_000
+
+
+def test_a_mean_pooled_job_has_defaults_of_its_own() -> None:
+    config = settled(resolved(BatchTopKSAE(), max_epochs=100), rows=5000, mean_pooled=True)
+    assert isinstance(config, BatchTopKSAE)
+    assert (config.k, config.batch_size, config.aux_k_coeff, config.resample_at) == (16, 256, 0.0, [0.2, 0.4])
+    recipe = recipe_for(config, rows=5000, mean_pooled=True)
+    assert (recipe.dead_after_rows, recipe.held_out_patience, recipe.resample_at) == (5 * 5000, 10, (0.2, 0.4))
+    assert settled(config, rows=5000, mean_pooled=True) == config
+    many = settled(resolved(BatchTopKSAE()), rows=20_000, mean_pooled=True)
+    assert isinstance(many, BatchTopKSAE)
+    assert many.aux_k_coeff == 1 / 32
+
+
+def test_what_was_asked_for_is_not_settled_otherwise() -> None:
+    asked = BatchTopKSAE(
+        k=3, batch_size=7, aux_k_coeff=0.5, resample_at=[], patience=0, dead_after=0.3, learning_rate=1e-3
+    )
+    config = resolved(asked)
+    assert settled(config, rows=5000, mean_pooled=True) == config
+
+
+def test_rows_to_train_on_may_be_named_instead_of_epochs() -> None:
+    recipe = recipe_for(resolved(TopKSAE(batch_size=10, training_rows=250), max_epochs=99), rows=100, mean_pooled=False)
+    assert (recipe.max_epochs, recipe.total_steps(rows=100), recipe.dead_after_rows) == (3, 25, 25)
+
+
+def test_the_schedule_of_decoder_norms_is_not_the_seeds() -> None:
+    config = resolved(StandardSAE(penalty="decoder_norm"))
+    recipe = recipe_for(config, rows=1000, mean_pooled=False)
+    assert (recipe.warmup, recipe.decay, recipe.grad_clip, recipe.batch_size) == (0.05, 0.2, 1.0, 1024)
+    assert (recipe.min_loss, recipe.patience, recipe.reinitialize_dead_every) == (None, None, 0)
+    assert isinstance(build_sae(config, d_in=4), L1Autoencoder)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"warmup": 0.1, "grad_clip": 2.0}, "warmup, grad_clip"),
+        ({"sparsity_warmup": 0.2}, "sparsity_warmup"),
+        ({"penalty": "decoder_norm", "min_loss": 0.1}, "min_loss"),
+        ({"sparsity_coeff": 2.0}, "should be <= 1.0"),
+    ],
+)
+def test_a_field_of_the_other_penalty_is_refused_by_name(fields: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        StandardSAE.model_validate(fields)
 
 
 def test_what_was_not_resolved_is_refused() -> None:
@@ -106,6 +155,21 @@ def test_ends_after_ten_epochs_in_a_row_without_improvement() -> None:
     losses = [1.0] * 10 + [0.9] + [0.9] * 10
     expected = [None] * 20 + ["no_improvement"]
     assert reasons(EarlyStopping(recipe(max_epochs=99, patience=10)), losses) == expected
+
+
+def test_ends_when_held_out_rows_are_not_reconstructed_better_any_more() -> None:
+    stopping = EarlyStopping(recipe(max_epochs=99, held_out_patience=2))
+    fvus = [0.5, 0.4, 0.45, 0.39, 0.4, 0.41]
+    said = [stopping.after(epoch, 1.0 / epoch, fvu) for epoch, fvu in enumerate(fvus, start=1)]
+    assert said == [None] * 5 + ["no_improvement"]
+
+
+def test_what_was_seen_goes_with_the_state() -> None:
+    first, second = (EarlyStopping(recipe(max_epochs=99, patience=2, held_out_patience=9)) for _ in range(2))
+    first.after(1, 0.5, 0.5)
+    first.after(2, 0.6, 0.4)
+    second.load_state_dict(first.state_dict())
+    assert second.after(3, 0.6, 0.4) == first.after(3, 0.6, 0.4) == "no_improvement"
 
 
 def test_ends_with_the_last_epoch() -> None:

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from mistudio_train.sae.base import StepInput
 from mistudio_train.sae.recipe import Recipe
+from mistudio_train.sae.scaled import ScaledOptions
 from mistudio_train.sae.sparse import decode_sparse, keep_largest, to_dense
 from mistudio_train.sae.statistics import FeatureStatistics
 from mistudio_train.sae.topk import TopKAutoencoder
@@ -16,7 +17,7 @@ from .batches import batches_of
 
 
 def topk(d_in: int = 8, d_sae: int = 24, k: int = 3, aux_k_coeff: float = 1 / 32) -> TopKAutoencoder:
-    return TopKAutoencoder(d_in, d_sae, aux_k_coeff, k=k, generator=torch.Generator().manual_seed(5))
+    return TopKAutoencoder(d_in, d_sae, ScaledOptions(aux_k_coeff), k=k, generator=torch.Generator().manual_seed(5))
 
 
 def rows_of(count: int, d_in: int, seed: int = 0) -> Tensor:

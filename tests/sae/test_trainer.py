@@ -26,6 +26,7 @@ KINDS: list[SAEConfig] = [
     MatryoshkaSAE(hidden_dim=D_SAE, seed=4, k=2),
     JumpReLUSAE(hidden_dim=D_SAE, seed=4, target_l0=3),
     GatedSAE(hidden_dim=D_SAE, seed=4),
+    StandardSAE(hidden_dim=D_SAE, seed=4, penalty="decoder_norm"),
 ]
 
 

@@ -123,7 +123,8 @@ def test_an_attempt_that_goes_on_after_a_divergence_has_no_second_try(tmp_path: 
     trained(Rows(nan_once(120)), kept, tmp_path / "first")
     assert kept.state is not None
     assert kept.state["trainer"]["rate"] == SLOWER
-    kept.state["trainer"]["epoch"], kept.state["epochs"] = 0, []
+    kept.state["trainer"] |= {"epoch": 0, "steps": 0}
+    kept.state["epochs"] = []
     rows = Rows(lambda number, x_BD: x_BD * float("nan"))
     with pytest.raises(TrainingDiverged):
         trained(rows, kept, tmp_path / "second")
@@ -172,3 +173,16 @@ def test_looking_at_held_out_rows_changes_nothing(tmp_path: Path) -> None:
     watched, _ = trained(Rows(), Kept(every=10**9), tmp_path / "b", torch.randn(30, WIDTH))
     assert torch.equal(without.sae.encoder_weight, watched.sae.encoder_weight)
     assert torch.equal(without.sae.decoder_weight, watched.sae.decoder_weight)
+
+
+@pytest.mark.parametrize(("wanted", "epochs", "steps"), [(500, 1, 50), (2000, 1, 200), (2505, 2, 251), (4000, 2, 400)])
+def test_as_many_rows_are_trained_on_as_asked_for(wanted: int, epochs: int, steps: int, tmp_path: Path) -> None:
+    fitted, _ = trained(Rows(), Kept(every=10**9), tmp_path, training_rows=wanted)
+    assert (len(fitted.epochs), fitted.steps, fitted.stop_reason) == (epochs, steps, "training_rows")
+
+
+def test_training_ends_when_held_out_rows_are_not_reconstructed_better(tmp_path: Path) -> None:
+    """Rows of noise: what is learned of these is of no use for others."""
+    fitted, _ = trained(Rows(), Kept(10**9), tmp_path, torch.randn(500, WIDTH), patience=1, max_epochs=60, k=12)
+    assert fitted.stop_reason == "no_improvement"
+    assert len(fitted.epochs) < 60

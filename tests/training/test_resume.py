@@ -29,6 +29,8 @@ SAES: dict[str, dict[str, Any]] = {
     "batchtopk": {"kind": "batchtopk", "k": 4, "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05},
     "jumprelu": {"kind": "jumprelu", "target_l0": 4, "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05},
     "gated": {"kind": "gated", "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05},
+    "decoder_norm": {"kind": "standard", "penalty": "decoder_norm", "hidden_dim": 64, "batch_size": 128},
+    "resampled": {"kind": "topk", "k": 2, "hidden_dim": 64, "batch_size": 128, "dead_after": 0.1, "resample_at": [0.5]},
     "matryoshka": {"kind": "matryoshka", "k": 4, "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05},
 }
 INTERRUPTIONS = int(os.environ.get("INTERRUPTIONS", "4"))
@@ -101,7 +103,7 @@ def goes_on(spec: JobSpec) -> tuple[Finished, list[ChildMessage]]:
 
 
 def test_every_kind_is_tested() -> None:
-    assert set(SAES) == set(KINDS)
+    assert {fields["kind"] for fields in SAES.values()} == set(KINDS)
 
 
 @pytest.mark.parametrize("kind", SAES)

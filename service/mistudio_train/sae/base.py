@@ -95,6 +95,11 @@ class SparseAutoencoder(nn.Module, ABC):
         for parameter, drawn in ((self.W_enc, drawn_FD), (self.b_enc, drawn_F), (self.W_dec, drawn_FD)):
             parameter[which_F] = drawn.to(parameter)[which_F]
 
+    def resample(self, dead_F: Tensor, x_BD: Tensor, generator: torch.Generator) -> Tensor:
+        """Give dead latents another start, as the rows at hand suggest; bool [d_sae]: those that have one now."""
+        self.reset_latents(dead_F, generator)
+        return dead_F
+
     @abstractmethod
     def draw_encoder(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """A fresh encoder on the CPU: weight [d_sae, d_in] and bias [d_sae]."""

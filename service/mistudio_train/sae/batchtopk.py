@@ -9,6 +9,7 @@ from torch import Tensor
 from .folded import FoldedSAE
 from .ksparse import KSparseAutoencoder
 from .largest import LargestOfBatch
+from .scaled import ScaledOptions
 from .sparse import Active
 
 
@@ -26,9 +27,16 @@ class BatchTopKAutoencoder(KSparseAutoencoder):
     threshold: Tensor
 
     def __init__(
-        self, d_in: int, d_sae: int, aux_k_coeff: float, *, k: int, threshold_rate: float, generator: torch.Generator
+        self,
+        d_in: int,
+        d_sae: int,
+        options: ScaledOptions,
+        *,
+        k: int,
+        threshold_rate: float,
+        generator: torch.Generator,
     ) -> None:
-        super().__init__(d_in, d_sae, aux_k_coeff, k=k, generator=generator)
+        super().__init__(d_in, d_sae, options, k=k, generator=generator)
         self.threshold_rate = threshold_rate
         self.register_buffer("threshold", torch.full((), torch.nan))
         self._largest = LargestOfBatch()

@@ -14,7 +14,6 @@ from mistudio_schemas import (
     JumpReLUSAE,
     MatryoshkaSAE,
     SAEConfig,
-    ScheduledFields,
     StandardSAE,
     TopKSAE,
 )
@@ -23,8 +22,10 @@ from .base import SparseAutoencoder
 from .batchtopk import BatchTopKAutoencoder
 from .gated import GatedAutoencoder
 from .jumprelu import JumpReLUAutoencoder
+from .l1 import L1Autoencoder
 from .matryoshka import MatryoshkaAutoencoder
 from .recipe import Recipe
+from .scaled import ScaledOptions
 from .standard import StandardAutoencoder
 from .topk import TopKAutoencoder
 
@@ -33,23 +34,40 @@ PATIENCE: Final = 10
 DEAD_AFTER_AT_MOST: Final = 10_000_000
 """Rows without being active that make a latent dead in the longest of runs (Gao et al. 2024)."""
 
+AUX_K_COEFF: Final = 1 / 32
+AUX_K_ROWS: Final = 20_000
+"""Fewer mean-pooled rows are learned by heart before the auxiliary loss helps."""
+L1_COEFF: Final = 1.0
+
 T = TypeVar("T")
 
 
 def build_sae(config: SAEConfig, d_in: int) -> SparseAutoencoder:
     """A freshly initialised SAE on the CPU in fp32; the same configuration gives the same weights.
 
-    `config` is one of `TrainRequested.resolved_saes()`; `d_in` is the width of a row.
+    `config` is one of `TrainRequested.resolved_saes()`, best `settled`; `d_in` is the width of a row.
 
     Raises:
         ValueError: if a field that resolving fills in is missing, or k is above the number of latents.
     """
     d_sae = _given(config.hidden_dim, "hidden_dim")
     generator = torch.Generator().manual_seed(_given(config.seed, "seed"))
-    if isinstance(config, StandardSAE):
+    if isinstance(config, StandardSAE) and config.is_the_seeds:
         return StandardAutoencoder(d_in, d_sae, _given(config.sparsity_coeff, "sparsity_coeff"), generator)
-    shape = d_in, d_sae, config.aux_k_coeff
+    options = ScaledOptions(
+        aux_k_coeff=AUX_K_COEFF if config.aux_k_coeff is None else config.aux_k_coeff,
+        k_aux=config.k_aux,
+        b_dec_init=config.b_dec_init,
+    )
+    shape = d_in, d_sae, options
     match config:
+        case StandardSAE():
+            return L1Autoencoder(
+                *shape,
+                sparsity_coeff=config.sparsity_coeff or L1_COEFF,
+                sparsity_warmup=config.sparsity_warmup,
+                generator=generator,
+            )
         case GatedSAE():
             return GatedAutoencoder(
                 *shape,
@@ -67,21 +85,46 @@ def build_sae(config: SAEConfig, d_in: int) -> SparseAutoencoder:
                 initial_threshold=config.initial_threshold,
                 generator=generator,
             )
-    if config.k > d_sae:
-        raise ValueError(f"k must be at most the hidden dimension ({config.k} > {d_sae})")
+    k = _given(config.k, "k")
+    if k > d_sae:
+        raise ValueError(f"k must be at most the hidden dimension ({k} > {d_sae})")
     match config:
         case TopKSAE():
-            return TopKAutoencoder(*shape, k=config.k, generator=generator)
+            return TopKAutoencoder(*shape, k=k, generator=generator)
         case BatchTopKSAE():
-            return BatchTopKAutoencoder(*shape, k=config.k, threshold_rate=config.threshold_rate, generator=generator)
+            return BatchTopKAutoencoder(*shape, k=k, threshold_rate=config.threshold_rate, generator=generator)
         case MatryoshkaSAE():
             return MatryoshkaAutoencoder(
                 *shape,
-                k=config.k,
+                k=k,
                 threshold_rate=config.threshold_rate,
                 prefixes=_prefixes(config.group_shares, d_sae),
                 generator=generator,
             )
+
+
+def settled(config: SAEConfig, *, rows: int, mean_pooled: bool) -> SAEConfig:
+    """The configuration with the defaults filled in that depend on the data, the seed's as it is.
+
+    Mean-pooled rows are thousands, one a text, where tokens are millions: smaller batches, or there would be too few
+    steps; many passes, so an end when nothing is learned any more; and latents that die early, and begin anew.
+
+    Raises:
+        ValueError: if a field that resolving fills in is missing.
+    """
+    if isinstance(config, StandardSAE) and config.is_the_seeds:
+        return config
+    d_sae, max_epochs = _given(config.hidden_dim, "hidden_dim"), _given(config.max_epochs, "max_epochs")
+    few = mean_pooled and rows < AUX_K_ROWS
+    defaults = {
+        "learning_rate": 2e-4 / math.sqrt(d_sae / 2**14),
+        "batch_size": min(256, max(16, rows // 16)) if mean_pooled else 1024,
+        "dead_after": min(1.0, 5 / max_epochs) if mean_pooled else 0.1,
+        "aux_k_coeff": 0.0 if few else AUX_K_COEFF,
+        "resample_at": [0.2, 0.4] if mean_pooled else [],
+        "patience": 10 if mean_pooled else 0,
+    }
+    return config.model_copy(update={name: value for name, value in defaults.items() if getattr(config, name) is None})
 
 
 def recipe_for(config: SAEConfig, *, rows: int, mean_pooled: bool) -> Recipe:
@@ -90,9 +133,22 @@ def recipe_for(config: SAEConfig, *, rows: int, mean_pooled: bool) -> Recipe:
     Raises:
         ValueError: if a field that resolving fills in is missing.
     """
-    if isinstance(config, StandardSAE):
+    if isinstance(config, StandardSAE) and config.is_the_seeds:
         return _standard_recipe(config, rows)
-    return _scheduled_recipe(config, rows, mean_pooled)
+    config = settled(config, rows=rows, mean_pooled=mean_pooled)
+    in_all = config.training_rows or rows * _given(config.max_epochs, "max_epochs")
+    return Recipe(
+        learning_rate=_given(config.learning_rate, "learning_rate"),
+        batch_size=_given(config.batch_size, "batch_size"),
+        max_epochs=math.ceil(in_all / rows),
+        training_rows=config.training_rows,
+        dead_after_rows=min(math.ceil(_given(config.dead_after, "dead_after") * in_all), DEAD_AFTER_AT_MOST),
+        warmup=config.warmup,
+        decay=config.decay,
+        grad_clip=config.grad_clip,
+        resample_at=tuple(config.resample_at or ()),
+        held_out_patience=config.patience or None,
+    )
 
 
 def _standard_recipe(config: StandardSAE, rows: int) -> Recipe:
@@ -104,21 +160,6 @@ def _standard_recipe(config: StandardSAE, rows: int) -> Recipe:
         reinitialize_dead_every=config.reinitialize_dead_every,
         min_loss=_given(config.min_loss, "min_loss"),
         patience=PATIENCE,
-    )
-
-
-def _scheduled_recipe(config: ScheduledFields, rows: int, mean_pooled: bool) -> Recipe:
-    d_sae, max_epochs = _given(config.hidden_dim, "hidden_dim"), _given(config.max_epochs, "max_epochs")
-    # Thousands of rows instead of millions: small batches, or there would be too few steps.
-    largest = max(16, rows // 16) if mean_pooled else config.batch_size
-    return Recipe(
-        learning_rate=config.learning_rate or 2e-4 / math.sqrt(d_sae / 2**14),
-        batch_size=min(config.batch_size, largest),
-        max_epochs=max_epochs,
-        dead_after_rows=min(math.ceil(config.dead_after * rows * max_epochs), DEAD_AFTER_AT_MOST),
-        warmup=config.warmup,
-        decay=config.decay,
-        grad_clip=1.0,
     )
 
 

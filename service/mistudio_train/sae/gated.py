@@ -10,7 +10,7 @@ from torch.nn import functional
 from .base import ACTIVE_ABOVE, StepInput, StepOutput
 from .folded import FoldedSAE, plain
 from .gates import gate
-from .scaled import ScaledAutoencoder
+from .scaled import ScaledAutoencoder, ScaledOptions
 from .sparse import active_where, decode_at
 
 
@@ -33,14 +33,14 @@ class GatedAutoencoder(ScaledAutoencoder):
         self,
         d_in: int,
         d_sae: int,
-        aux_k_coeff: float,
+        options: ScaledOptions,
         *,
         sparsity_coeff: float,
         sparsity_warmup: float,
         generator: torch.Generator,
     ) -> None:
         """`sparsity_warmup` is the share of the steps over which λ rises."""
-        super().__init__(d_in, d_sae, aux_k_coeff, generator)
+        super().__init__(d_in, d_sae, options, generator)
         self.sparsity_coeff, self.sparsity_warmup = sparsity_coeff, sparsity_warmup
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
         self.b_mag = nn.Parameter(torch.zeros(d_sae))

@@ -10,7 +10,7 @@ from torch.nn import functional
 from .base import ACTIVE_ABOVE, StepInput, StepOutput
 from .folded import FoldedSAE, plain
 from .gates import jump_relu
-from .scaled import ScaledAutoencoder
+from .scaled import ScaledAutoencoder, ScaledOptions
 from .sparse import active_where, decode_at
 
 TANH_SCALE = 4.0
@@ -36,7 +36,7 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
         self,
         d_in: int,
         d_sae: int,
-        aux_k_coeff: float,
+        options: ScaledOptions,
         *,
         sparsity_coeff: float,
         target_l0: float | None,
@@ -47,7 +47,7 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
     ) -> None:
         """`sparsity_warmup`: share of the steps over which λ rises. `initial_threshold`, `bandwidth`: in units of z."""
         self.initial_threshold = initial_threshold
-        super().__init__(d_in, d_sae, aux_k_coeff, generator)
+        super().__init__(d_in, d_sae, options, generator)
         self.sparsity_coeff, self.target_l0, self.bandwidth = sparsity_coeff, target_l0, bandwidth
         self.sparsity_warmup = sparsity_warmup
         self.log_threshold = nn.Parameter(torch.full((d_sae,), initial_threshold).log())

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .base import ACTIVE_ABOVE, StepInput, StepOutput
-from .scaled import ScaledAutoencoder
+from .scaled import ScaledAutoencoder, ScaledOptions
 from .sparse import Active, decode_at
 
 
@@ -24,8 +24,8 @@ class KSparseAutoencoder(ScaledAutoencoder):
     Means are over rows and dimensions.
     """
 
-    def __init__(self, d_in: int, d_sae: int, aux_k_coeff: float, *, k: int, generator: torch.Generator) -> None:
-        super().__init__(d_in, d_sae, aux_k_coeff, generator)
+    def __init__(self, d_in: int, d_sae: int, options: ScaledOptions, *, k: int, generator: torch.Generator) -> None:
+        super().__init__(d_in, d_sae, options, generator)
         self.k = k
 
     @abstractmethod

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .batchtopk import BatchTopKAutoencoder
+from .scaled import ScaledOptions
 from .sparse import Active, decode_at
 
 
@@ -26,7 +27,7 @@ class MatryoshkaAutoencoder(BatchTopKAutoencoder):
         self,
         d_in: int,
         d_sae: int,
-        aux_k_coeff: float,
+        options: ScaledOptions,
         *,
         k: int,
         threshold_rate: float,
@@ -34,7 +35,7 @@ class MatryoshkaAutoencoder(BatchTopKAutoencoder):
         generator: torch.Generator,
     ) -> None:
         """`prefixes`: m_1 … m_G, ascending, the last one `d_sae`."""
-        super().__init__(d_in, d_sae, aux_k_coeff, k=k, threshold_rate=threshold_rate, generator=generator)
+        super().__init__(d_in, d_sae, options, k=k, threshold_rate=threshold_rate, generator=generator)
         self.prefixes = tuple(prefixes)
 
     def reconstruction_loss(self, active: Active, values_N: Tensor, z_BD: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-StopReason = Literal["max_epochs", "min_loss", "no_improvement", "stopped"]
-"""`stopped`: somebody asked for the SAE as it was."""
+StopReason = Literal["max_epochs", "training_rows", "min_loss", "no_improvement", "stopped"]
+"""The first two: all that was asked for; `stopped`: somebody wanted the SAE as it was."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,12 @@ class Recipe:
     """Upper bound of the gradient's norm; `None`: none."""
     reinitialize_dead_every: int = 0
     """Epochs between re-initialisations of rarely active latents, none in the last ten epochs; 0: never."""
+    training_rows: int | None = None
+    """Rows to train on in all, if the last pass is not a whole one; `None`: it is."""
+    resample_at: tuple[float, ...] = ()
+    """Shares of the steps after which dead latents begin anew as what is reconstructed worst."""
+    held_out_patience: int | None = None
+    """End after this many epochs in a row without a new lowest FVU on held-out rows; `None`: never for this reason."""
     min_loss: float | None = None
     """End after an epoch whose mean loss is below this; `None`: never for this reason."""
     patience: int | None = None
@@ -38,7 +44,8 @@ class Recipe:
 
     def total_steps(self, rows: int) -> int:
         """Steps of the whole run, if it is not ended early."""
-        return self.max_epochs * math.ceil(rows / self.batch_size)
+        whole, rest = divmod(self.training_rows or self.max_epochs * rows, rows)
+        return whole * math.ceil(rows / self.batch_size) + math.ceil(rest / self.batch_size)
 
     def learning_rate_at(self, step: int, total_steps: int) -> float:
         """The learning rate of a step counted from 0: linear up, flat, linear down; never quite zero."""
@@ -47,6 +54,10 @@ class Recipe:
         left = total_steps - step
         falling = left / decay_steps if left < decay_steps else 1.0
         return self.learning_rate * min(rising, falling)
+
+    def resamples_before(self, step: int, total_steps: int) -> bool:
+        """Whether dead latents begin anew before a step counted from 0."""
+        return any(step == round(share * total_steps) for share in self.resample_at)
 
     def reinitializes_after(self, epoch: int) -> bool:
         """Whether rarely active latents are re-initialised after so many epochs."""
@@ -59,25 +70,41 @@ class EarlyStopping:
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
-        self._best = math.inf
-        self._without_improvement = 0
+        self._loss, self._held_out = _Lowest(), _Lowest()
 
-    def after(self, epochs: int, mean_loss: float) -> StopReason | None:
-        """Told the mean loss of an epoch, with the number of epochs made; the first reason that holds, else `None`."""
-        if mean_loss < self._best:
-            self._best, self._without_improvement = mean_loss, 0
-        else:
-            self._without_improvement += 1
-        if self._recipe.min_loss is not None and mean_loss < self._recipe.min_loss:
+    def after(self, epochs: int, mean_loss: float, held_out_fvu: float | None = None) -> StopReason | None:
+        """Told the figures of an epoch, with the number of epochs made; the first reason that holds, else `None`."""
+        recipe = self._recipe
+        self._loss.see(mean_loss)
+        if held_out_fvu is not None:
+            self._held_out.see(held_out_fvu)
+        if recipe.min_loss is not None and mean_loss < recipe.min_loss:
             return "min_loss"
-        if self._recipe.patience is not None and self._without_improvement >= self._recipe.patience:
+        if self._loss.waits_for(recipe.patience) or self._held_out.waits_for(recipe.held_out_patience):
             return "no_improvement"
-        return "max_epochs" if epochs >= self._recipe.max_epochs else None
+        if epochs < recipe.max_epochs:
+            return None
+        return "training_rows" if recipe.training_rows else "max_epochs"
 
     def state_dict(self) -> dict[str, Any]:
         """What `after` has learned so far."""
-        return {"best": self._best, "without_improvement": self._without_improvement}
+        return {"loss": vars(self._loss).copy(), "held_out": vars(self._held_out).copy()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self._best, self._without_improvement = state["best"], state["without_improvement"]
+        self._loss, self._held_out = _Lowest(**state["loss"]), _Lowest(**state["held_out"])
+
+
+@dataclass
+class _Lowest:
+    """The lowest of the values seen, and how many were seen since."""
+
+    value: float = math.inf
+    since: int = 0
+
+    def see(self, value: float) -> None:
+        lower = value < self.value
+        self.value, self.since = (value, 0) if lower else (self.value, self.since + 1)
+
+    def waits_for(self, patience: int | None) -> bool:
+        return patience is not None and self.since >= patience

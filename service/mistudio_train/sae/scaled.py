@@ -4,6 +4,9 @@ Owns scale, centre, the decoder's norm and the auxiliary loss; which latents are
 the kinds'; which are dead is the trainer's to say.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -14,29 +17,44 @@ from .largest import largest_of_rows
 from .sparse import Active, decode_at, encode_at
 
 LEAST_NORM = 1e-12
+RESAMPLED_NORM = 0.5
+"""Of the mean encoder norm, where a latent begins anew: with Bricken et al.'s 0.2 the kinds that choose the largest
+latents do not choose it, and a third were dead again."""
+
+
+@dataclass(frozen=True)
+class ScaledOptions:
+    """What a request may choose for all of these kinds."""
+
+    aux_k_coeff: float = 1 / 32
+    """c, the weight of the auxiliary loss; 0: off."""
+    k_aux: int | None = None
+    """Dead latents a row that take part in it; `None`: half the row's width."""
+    b_dec_init: Literal["mean", "geometric_median"] = "mean"
 
 
 class ScaledAutoencoder(SparseAutoencoder):
     """Trains on z = s x, for rows x of width D, with p = W_enc (z - b_dec) + b_enc before any choice of latents.
 
-    Start: `prepare` sets b_dec to the sample's mean and s such that the encoder's input z - b_dec has mean squared norm
-    D, so that a mean squared error is about the fraction of variance unexplained. W_dec has rows of norm 1 at all times
-    (the gradient along a row is removed); W_enc starts as a copy of it, and b_enc = 0.
+    Start: `prepare` sets b_dec to the sample's centre, its mean or its geometric median, and s such that the encoder's
+    input z - b_dec has mean squared norm D, so that a mean squared error is about the fraction of variance unexplained.
+    W_dec has rows of norm 1 at all times (the gradient along a row is removed); W_enc starts as a copy of it, and
+    b_enc = 0.
 
     The loss by which dead latents learn the residual, for kinds that add it (Gao et al. 2024, arXiv:2406.04093):
 
         L_aux = c · min(dead / k_aux, 1) · ||W_decᵀ a - e||² / ||e||²,   e = z - ẑ held fixed,
-        a     = the k_aux = round(D / 2) largest of the dead latents of each row of ReLU(p)
+        a     = the k_aux (D / 2, if not asked for otherwise) largest of the dead latents of each row of ReLU(p)
 
     ||e||² is the residual's variance about zero, over the batch, as in the authors' code: defined for one row, too.
     """
 
     scale: Tensor
 
-    def __init__(self, d_in: int, d_sae: int, aux_k_coeff: float, generator: torch.Generator) -> None:
+    def __init__(self, d_in: int, d_sae: int, options: ScaledOptions, generator: torch.Generator) -> None:
         super().__init__(d_in, d_sae, generator)
-        self.aux_k_coeff = aux_k_coeff
-        self.k_aux = min(max(1, round(d_in / 2)), d_sae)
+        self.aux_k_coeff, self.b_dec_init = options.aux_k_coeff, options.b_dec_init
+        self.k_aux = min(options.k_aux or max(1, round(d_in / 2)), d_sae)
         self.register_buffer("scale", torch.ones(()))
         self._pre_memory: Tensor | None = None
 
@@ -49,11 +67,32 @@ class ScaledAutoencoder(SparseAutoencoder):
     def prepare(self, sample_ND: Tensor) -> None:
         """Set s and b_dec from `sample_ND`; a sample without variance leaves s at 1."""
         rows_ND = sample_ND.double()
-        mean_D = rows_ND.mean(0)
-        mean_square = (rows_ND - mean_D).square().mean()
+        centre_D = rows_ND.mean(0) if self.b_dec_init == "mean" else geometric_median(rows_ND)
+        mean_square = (rows_ND - centre_D).square().mean()
         scale = torch.where(mean_square > 0, mean_square.rsqrt(), torch.ones_like(mean_square))
         self.scale.copy_(scale)
-        self.b_dec.copy_(mean_D * scale)
+        self.b_dec.copy_(centre_D * scale)
+
+    @torch.no_grad()
+    def resample(self, dead_F: Tensor, x_BD: Tensor, generator: torch.Generator) -> Tensor:
+        """As Bricken et al. 2023 ("Towards Monosemanticity") draw them: rows by the square of their loss.
+
+        A latent's decoder row is the direction of its row's residual, its encoder row the same at half of the mean
+        norm of those that live.
+        """
+        residual_BD = (x_BD - self.decode(self.encode(x_BD))).float()
+        loss_B = residual_BD.square().sum(1).cpu().double()
+        places = dead_F.nonzero().squeeze(1)[: int((loss_B > 0).sum())]
+        which_F = torch.zeros_like(dead_F)
+        which_F[places] = True
+        norm = torch.linalg.vector_norm(self.W_enc[~dead_F], dim=1).mean() if bool((~dead_F).any()) else 1.0
+        self.reset_latents(which_F, generator)
+        if len(places):
+            rows = torch.multinomial(loss_B.square(), len(places), generator=generator)
+            directions = functional.normalize(residual_BD[rows.to(residual_BD.device)], dim=1)
+            self.W_dec[places] = directions
+            self.W_enc[places] = RESAMPLED_NORM * norm * directions
+        return which_F
 
     def decode(self, acts_BF: Tensor) -> Tensor:
         """Of activations that make up x and not z."""
@@ -124,3 +163,19 @@ class ScaledAutoencoder(SparseAutoencoder):
             return largest_of_rows(pre_BF.masked_fill(~dead_F, -torch.inf), self.k_aux)
         dead_latents = dead_F.nonzero().squeeze(1)
         return dead_latents[largest_of_rows(pre_BF[:, dead_latents], min(self.k_aux, len(dead_latents)))]
+
+
+def geometric_median(rows_ND: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:
+    """The point whose distances to the rows have the least sum, by Weiszfeld's iteration (1937): [D].
+
+    Ends when a step is shorter than `tolerance` of the rows' mean distance to it.
+    """
+    median_D = rows_ND.mean(0)
+    for _ in range(iterations):
+        distance_N = torch.linalg.vector_norm(rows_ND - median_D, dim=1).clamp_min(LEAST_NORM)
+        weight_N = distance_N.reciprocal()
+        moved_D = weight_N @ rows_ND / weight_N.sum()
+        step, median_D = torch.linalg.vector_norm(moved_D - median_D), moved_D
+        if bool(step <= tolerance * distance_N.mean()):
+            break
+    return median_D

@@ -54,6 +54,11 @@ class Trainer:
         """Rows of the epoch in progress that were trained on."""
         return self._epoch_sums.rows
 
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps are made."""
+        return self.steps >= self.total_steps
+
     def prepare(self, sample_ND: Tensor) -> None:
         """Show the SAE a first sample of rows, before any step; not again after resuming."""
         self.sae.prepare(sample_ND.to(self.device))
@@ -66,6 +71,7 @@ class Trainer:
         """
         self._reinitialize()
         x_BD = x_BD.to(self.device, torch.float32, non_blocking=True)
+        self._resample(x_BD)
         output = self.sae.step(StepInput(x_BD, self.steps, self.total_steps, self._dead_latents()))
         self._optimizer.zero_grad(set_to_none=True)
         output.loss.backward()  # type: ignore[no-untyped-call]
@@ -103,16 +109,19 @@ class Trainer:
             learning_rate=self.learning_rate_at(self.steps - 1),
         )
 
-    def end_epoch(self) -> EpochFigures:
+    def end_epoch(self, held_out_fvu: float | None = None) -> EpochFigures:
         """Close the epoch: its figures, whether training ends, and fresh weights for rarely active latents when due.
+
+        Args:
+            held_out_fvu: on rows that it is not trained on, where the recipe ends training by it.
 
         Raises:
             TrainingDiverged: if the loss or a weight is NaN or infinite.
-            ValueError: if the epoch's rows were not all trained on, or more than once.
+            ValueError: if the epoch's rows were not all trained on, or more than once, and there are steps left.
         """
-        if self.rows_done != self.rows:
+        if self.rows_done != self.rows and not self.is_over:
             raise ValueError(f"the epoch has {self.rows} rows, {self.rows_done} were trained on")
-        return self._close_epoch(stop=False)
+        return self._close_epoch(held_out_fvu)
 
     def stop(self) -> EpochFigures:
         """End training in the middle of an epoch, some rows of which were trained on: the figures are of these.
@@ -122,11 +131,11 @@ class Trainer:
         """
         return self._close_epoch(stop=True)
 
-    def _close_epoch(self, *, stop: bool) -> EpochFigures:
+    def _close_epoch(self, held_out_fvu: float | None = None, *, stop: bool = False) -> EpochFigures:
         rows, means = self.rows_done, self._epoch_sums.means(self.steps)
         self.refuse_non_finite()
         self.epoch += 1
-        stop_reason = "stopped" if stop else self._stopping.after(self.epoch, means["loss"])
+        stop_reason = "stopped" if stop else self._stopping.after(self.epoch, means["loss"], held_out_fvu)
         rare_F = self._active_rows_F < RARE_BELOW * rows
         if stop_reason is None and self.recipe.reinitializes_after(self.epoch):
             self._to_reinitialize_F = rare_F
@@ -212,9 +221,16 @@ class Trainer:
 
     def _reinitialize(self) -> None:
         which_F, self._to_reinitialize_F = self._to_reinitialize_F, None
-        if which_F is None:
-            return
-        self.sae.reset_latents(which_F, self._generator)
+        if which_F is not None:
+            self.sae.reset_latents(which_F, self._generator)
+            self._begin_anew(which_F)
+
+    def _resample(self, x_BD: Tensor) -> None:
+        if self.recipe.resamples_before(self.steps, self.total_steps) and (dead_F := self._dead_latents()) is not None:
+            self._begin_anew(self.sae.resample(dead_F, x_BD, self._generator))
+
+    def _begin_anew(self, which_F: Tensor) -> None:
+        """Without the moments and the age of what these latents were."""
         for parameter in self.sae.by_latent:
             moments = self._optimizer.state[parameter]
             for name in ("exp_avg", "exp_avg_sq"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from mistudio_schemas import SAEConfig
 from mistudio_train.errors import TrainingDiverged
 from mistudio_train.messages import LeftEarly
-from mistudio_train.sae.build import build_sae, recipe_for
+from mistudio_train.sae.build import build_sae, recipe_for, settled
 from mistudio_train.sae.figures import EpochFigures, StepFigures
 from mistudio_train.sae.folded import FoldedSAE
 from mistudio_train.sae.recipe import Recipe
@@ -95,6 +95,8 @@ class Fitted:
     """A trained SAE and how it came about."""
 
     sae: FoldedSAE
+    config: SAEConfig
+    """With every default filled in."""
     recipe: Recipe
     epochs: list[EpochFigures]
     steps: int
@@ -150,6 +152,7 @@ def fit(
         LeftEarly: if the parent wants the child to leave; all is saved.
         NothingTrained: if the parent wants an end before there was a step.
     """
+    config = settled(config, rows=rows.rows, mean_pooled=mean_pooled)
     recipe = recipe_for(config, rows=rows.rows, mean_pooled=mean_pooled)
     name, again = config.name or config.kind, False
     while True:
@@ -169,7 +172,7 @@ def fit(
                 again = True
                 continue
         sae = trainer.sae.folded().to("cpu")
-        return Fitted(sae, recipe, fitting.epochs, trainer.steps, watch.seconds, trainer.rate, watch.curve)
+        return Fitted(sae, config, recipe, fitting.epochs, trainer.steps, watch.seconds, trainer.rate, watch.curve)
 
 
 class _Fitting:
@@ -208,11 +211,13 @@ class _Fitting:
             for x_BD in batches:
                 if self._ended_by_wish():
                     return
+                if trainer.is_over:
+                    break
                 trainer.step(x_BD)
                 self._watch.after_step()
                 if self._kept.due:
                     self._save()
-        self._close(trainer.end_epoch())
+        self._close(trainer.end_epoch(self._watch.held_out_fvu()))
 
     def _ended_by_wish(self) -> bool:
         """Whether the parent wants the SAE as it is now; it wants it whole, so this never ends within a step."""
@@ -299,6 +304,12 @@ class _Watch:
     def after_epoch(self, figures: EpochFigures) -> None:
         self._log.write(event="epoch", seconds=round(self.seconds, 3), step=self._trainer.steps, **asdict(figures))
 
+    def held_out_fvu(self) -> float | None:
+        """Now, where it decides when training ends."""
+        if self._held_out is None or self._trainer.recipe.held_out_patience is None:
+            return None
+        return _judged(self._trainer, self._held_out).fvu
+
     def _report(self, figures: StepFigures) -> None:
         trainer, rows_done = self._trainer, self._trainer.epoch * self._trainer.rows + self._trainer.rows_done
         per_step = self.seconds / trainer.steps
@@ -306,7 +317,6 @@ class _Watch:
         self._reporter.say(
             trainer.steps / trainer.total_steps,
             f"training {self._name}: epoch {figures.epoch + 1} of {trainer.recipe.max_epochs}",
-            sae=self._name,
             step=trainer.steps,
             total_steps=trainer.total_steps,
             tokens_done=rows_done,

@@ -83,7 +83,9 @@ def plan_memory(source: ModelSource, spec: JobSpec, device: Device | None = None
     shapes = trunk_shapes(source, spec.token)
     per_token = bytes_per_token(source, dtype, length)
     sae_bytes = max(
-        sae_training_bytes(source.d_in, sae.hidden_dim or 0, sae.batch_size or 1)
+        sae_training_bytes(
+            source.d_in, sae.hidden_dim or 0, sae.batch_size or (256 if spec.request.pooling == "mean" else 1024)
+        )
         for sae in spec.request.resolved_saes()
     )
     room = device.available_bytes - device.overhead

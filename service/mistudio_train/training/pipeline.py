@@ -228,7 +228,7 @@ def _fit_all(
     for position, config in enumerate(configs):
         share = _part(TRAINING, position, len(configs))
         log_path = job.spec.output / _place(configs, position) / "training_log.jsonl"
-        reporter.enter("training", f"training {config.name}", share)
+        reporter.enter("training", f"training {config.name}", share, config.name)
         try:
             fitted.append(
                 fit(

@@ -33,6 +33,7 @@ class Reporter:
         self._parent, self._lock = parent, threading.Lock()
         self._phase: Phase = "accepting"
         self._message = ""
+        self._sae: str | None = None
         self._share = (0.0, 0.0)
         self._sent_at = float("-inf")
         self._device: str | None = None
@@ -54,9 +55,9 @@ class Reporter:
         """Report this device's memory from now on: `cpu` or `cuda:0`."""
         self._device = device
 
-    def enter(self, phase: Phase, message: str, share: tuple[float, float]) -> None:
-        """A phase begins, which is this part of the child's whole work."""
-        self._phase, self._message, self._share = phase, message, share
+    def enter(self, phase: Phase, message: str, share: tuple[float, float], sae: str | None = None) -> None:
+        """A phase begins, which is this part of the child's whole work; of one SAE, if it is named."""
+        self._phase, self._message, self._share, self._sae = phase, message, share, sae
         self.say(0.0)
 
     @property
@@ -116,6 +117,7 @@ class Reporter:
             message=message or self._message,
             progress=begin + (end - begin) * min(1.0, max(0.0, done)),
             moved=moved,
+            sae=self._sae,
             device=self._device,
             memory_allocated_bytes=self._memory_bytes(),
             memory_peak_bytes=self.memory_peak_bytes(),

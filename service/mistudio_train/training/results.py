@@ -101,10 +101,10 @@ def write_result(
         if reporter.due:
             reporter.say(done)
 
-    reporter.enter("evaluating", f"evaluating {config.name}", (share[0], middle))
+    reporter.enter("evaluating", f"evaluating {config.name}", (share[0], middle), config.name)
     evaluation = Evaluation(fitted.sae, rows, selection.flags, selection.left_out, context.device, on_progress)
     bundle = _write_bundle(context, fitted, evaluation, folder, origin.layer)
-    reporter.enter("exporting", f"writing the files of {config.name}", (middle, share[1]))
+    reporter.enter("exporting", f"writing the files of {config.name}", (middle, share[1]), config.name)
     features = None
     if not context.mean_pooled or bundle.truncated:
         features = _write_features(context, evaluation, fitted.sae.d_sae, folder, origin)
@@ -171,7 +171,7 @@ def _write_features(context: Context, evaluation: Evaluation, d_sae: int, folder
 
 
 def _write_model(context: Context, config: SAEConfig, fitted: Fitted, folder: Path, origin: Origin) -> None:
-    settings = _settings(config, fitted)
+    settings = _settings(fitted)
     asked = context.spec.request.model_dump(mode="json", exclude={"huggingface_token", "sae", "saes"})
     write_model_file(
         folder / "sae_model.pt",
@@ -205,7 +205,7 @@ def _described(
         corpus=context.corpus,
         pooling=spec.request.pooling,
         sae=result,
-        sae_config=_settings(config, fitted),
+        sae_config=_settings(fitted),
         feature_statistics=statistics,
         bundle=bundle,
         features=features,
@@ -246,9 +246,10 @@ def _result(
     )
 
 
-def _settings(config: SAEConfig, fitted: Fitted) -> dict[str, Any]:
+def _settings(fitted: Fitted) -> dict[str, Any]:
     """As requested, and over it as used."""
-    return {"sparsity_coeff": None} | config.model_dump(mode="json") | asdict(fitted.recipe)
+    used = asdict(fitted.recipe) | {"resample_at": list(fitted.recipe.resample_at)}
+    return {"sparsity_coeff": None} | fitted.config.model_dump(mode="json") | used
 
 
 def _training_results(fitted: Fitted, context: Context) -> dict[str, object]:

@@ -1,0 +1,74 @@
+"""The ReLU SAE of Conerly et al. 2024 ("Update on how we train SAEs"): an L1 penalty weighted by the decoder's norms.
+
+Owns its penalty, and that the decoder's rows are free; the seed's own `standard` is another file.
+"""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .base import ACTIVE_ABOVE, StepInput, StepOutput
+from .scaled import ScaledAutoencoder, ScaledOptions
+from .sparse import active_where, decode_at
+
+
+class L1Autoencoder(ScaledAutoencoder):
+    """With p, z and L_aux of `ScaledAutoencoder`, but decoder rows of any norm.
+
+        h = ReLU(p),  ẑ = W_decᵀ h + b_dec
+        L = mean (ẑ - z)² + λ(t) · mean over rows of Σ_f h_f ||W_dec,f|| / D + L_aux
+
+    λ(t) rises linearly over the first steps. Weighted so, the penalty does not change when a latent's encoder shrinks
+    and its decoder grows: nothing has to hold the norms. Only latents with p > 0 have any gradient.
+    """
+
+    kind: ClassVar[str] = "standard"
+
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        options: ScaledOptions,
+        *,
+        sparsity_coeff: float,
+        sparsity_warmup: float,
+        generator: torch.Generator,
+    ) -> None:
+        """`sparsity_warmup` is the share of the steps over which λ rises."""
+        super().__init__(d_in, d_sae, options, generator)
+        self.sparsity_coeff, self.sparsity_warmup = sparsity_coeff, sparsity_warmup
+
+    def step(self, inputs: StepInput) -> StepOutput:
+        """The losses in the scaled space."""
+        z_BD = inputs.x_BD * self.scale
+        with torch.no_grad():
+            centred_BD = z_BD - self.b_dec
+            pre_BF = self._pre(centred_BD)
+            active = active_where(~(pre_BF <= 0))  # with what is no number, so that the loss shows it
+        acts_N = self.values_at(active, pre_BF, centred_BD).relu()
+        z_hat_BD = decode_at(active, acts_N, self.W_dec) + self.b_dec
+        reconstruction_loss = functional.mse_loss(z_hat_BD, z_BD)
+        weight_F = torch.linalg.vector_norm(self.W_dec, dim=1)
+        penalty = (active.sum_by_latent(acts_N) * weight_F).sum() / z_BD.numel()
+        sparsity_loss = self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * penalty
+        sparsity_loss = sparsity_loss + self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
+        is_active_N = acts_N.detach() > ACTIVE_ABOVE
+        return StepOutput(
+            loss=reconstruction_loss + sparsity_loss,
+            reconstruction_loss=reconstruction_loss,
+            sparsity_loss=sparsity_loss,
+            l0=is_active_N.sum() / len(z_BD),
+            active_rows_F=active.count_by_latent(is_active_N),
+        )
+
+    def encode(self, x_BD: Tensor) -> Tensor:
+        """The activations h / s, so that they and their decoder rows make up x and not z."""
+        return self.pre_activations(x_BD).relu() / self.scale
+
+    def before_update(self) -> None:
+        """Nothing: the norms are free."""
+
+    def after_update(self) -> None:
+        """Nothing: the norms are free."""
