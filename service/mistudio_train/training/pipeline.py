@@ -21,6 +21,7 @@ from mistudio_train.errors import MemoryExhausted, ModelRefused
 from mistudio_train.messages import Finished, Lease, LeftEarly
 from mistudio_train.sae.build import recipe_for
 
+from . import advice
 from .activations import ActivationStore
 from .allocator import give_back
 from .bundle_limits import refuse_hopeless
@@ -197,6 +198,9 @@ def _select(context: Context, job: Accepted, extraction: Extraction, reporter: R
         path = scratch / f"rows-{site}.bin"
         selections[site] = select(store, extraction.tokens, held_out, request, path, lambda done: None)
         _warn_of_rows(selections[site], site, request, reporter)
+        if context.mean_pooled:
+            for sentence in advice.on_rows(store, lambda text: len(context.texts[text])):
+                reporter.warn(f"{site}: {sentence}")
     return selections
 
 

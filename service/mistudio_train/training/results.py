@@ -15,6 +15,7 @@ from mistudio_schemas import CorpusInfo, CrossEntropy, ModelInfo, SAEConfig, SAE
 from mistudio_train import __version__
 from mistudio_train.messages import JobSpec
 
+from . import advice
 from .bundle import BundleInfo, write_bundle
 from .evaluate import Evaluation, OrderedRows
 from .features import FeaturesInfo, write_features
@@ -114,6 +115,10 @@ def write_result(
     )
     statistics = evaluation.statistics().result()
     rates_F = torch.tensor(statistics["feature_activation_rates"], dtype=torch.float64)
+    if context.mean_pooled:
+        active_rows_F = (rates_F * rows.rows).round().long().numpy()
+        for sentence in advice.on_result(result.name, rows.rows, fitted.sae.d_sae, result.metrics, active_rows_F):
+            reporter.warn(sentence)
     write_saelens(folder / "sae", fitted.sae, origin, rates_F)
     if sparsify_cannot(fitted.sae) is None:
         write_sparsify(folder / "sparsify", fitted.sae)

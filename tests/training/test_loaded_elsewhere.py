@@ -1,0 +1,146 @@
+"""A trained SAE of every kind in the real SAELens and sparsify: the same features, rows and losses as here."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mistudio_schemas import (
+    KINDS,
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    SAEConfig,
+    StandardSAE,
+    TopKSAE,
+)
+from mistudio_train.sae.build import build_sae
+from mistudio_train.sae.folded import FoldedSAE
+from mistudio_train.sae.recipe import Recipe
+from mistudio_train.sae.trainer import Trainer
+from mistudio_train.training.run import run_job
+from mistudio_train.training.saelens import write_saelens
+from mistudio_train.training.selection import HELD_OUT
+from mistudio_train.training.sparsify import sparsify_cannot, write_sparsify
+
+from .conftest import Listener
+from .test_run import spec
+from .test_saelens import ORIGIN
+from .test_spliced import ASKED, LAYER, TEXTS, Folder
+
+# What SAELens imports of TransformerLens says so of itself.
+pytestmark = pytest.mark.filterwarnings("ignore:The 'utils' module has been deprecated:DeprecationWarning")
+
+D_IN, D_SAE = 24, 96
+SIZE: dict[str, Any] = {"hidden_dim": D_SAE, "seed": 0}
+TRAINED: list[SAEConfig] = [
+    StandardSAE(**SIZE, sparsity_coeff=1e-2),
+    StandardSAE(**SIZE, penalty="decoder_norm"),
+    TopKSAE(**SIZE, k=6),
+    BatchTopKSAE(**SIZE, k=6),
+    MatryoshkaSAE(**SIZE, k=6),
+    JumpReLUSAE(**SIZE, target_l0=6),
+    GatedSAE(**SIZE),
+]
+of_every_kind = pytest.mark.parametrize(
+    "config", TRAINED, ids=lambda config: f"{config.kind} {getattr(config, 'penalty', '')}".strip()
+)
+
+
+def rows(count: int) -> Tensor:
+    return 3 * torch.randn(count, D_IN, generator=torch.Generator().manual_seed(count)) + torch.arange(float(D_IN))
+
+
+def trained(config: SAEConfig) -> FoldedSAE:
+    sae, x_ND = build_sae(config, D_IN), rows(6400)
+    trainer = Trainer(sae, Recipe(3e-3, 64, 1, 10**9, grad_clip=1.0), rows=len(x_ND), device="cpu", seed=0)
+    trainer.prepare(x_ND)
+    for x_BD in torch.split(x_ND, 64):
+        trainer.step(x_BD)
+    return trainer.sae.folded()
+
+
+def test_every_kind_is_there() -> None:
+    assert {config.kind for config in TRAINED} == set(KINDS)
+
+
+@of_every_kind
+@torch.no_grad()
+def test_saelens_finds_the_same_in_a_thousand_rows(config: SAEConfig, tmp_path: Path) -> None:
+    from sae_lens import SAE
+
+    with torch.enable_grad():
+        sae = trained(config)
+    write_saelens(tmp_path / "sae", sae, ORIGIN, torch.full((D_SAE,), 0.1))
+    theirs, x_BD = SAE.load_from_disk(tmp_path / "sae"), rows(1000)
+    acts_BF, their_acts_BF = sae.encode(x_BD), theirs.encode(x_BD)
+    assert 1 < float((acts_BF > 0).sum(1).double().mean()) < D_SAE
+    torch.testing.assert_close(their_acts_BF, acts_BF, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(theirs.decode(their_acts_BF), sae.decode(acts_BF), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(theirs(x_BD), sae.decode(acts_BF), atol=1e-4, rtol=1e-5)
+
+
+@of_every_kind
+@torch.no_grad()
+def test_sparsify_finds_the_same_in_a_thousand_rows_or_is_said_not_to(
+    config: SAEConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")  # it would take its kernel for GPUs also where there is none
+    from sparsify import SparseCoder
+
+    with torch.enable_grad():
+        sae = trained(config)
+    if config.kind != "topk":
+        assert sparsify_cannot(sae)
+        return
+    write_sparsify(tmp_path / "sparsify", sae)
+    theirs, x_BD = SparseCoder.load_from_disk(tmp_path / "sparsify"), rows(1000)
+    top_acts, top_indices, _ = theirs.encode(x_BD)
+    acts_BF = torch.zeros(len(x_BD), D_SAE).scatter(1, top_indices, top_acts)
+    torch.testing.assert_close(acts_BF, sae.encode(x_BD), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(theirs.decode(top_acts, top_indices), sae.decode(acts_BF), atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_saelens_own_evaluation_gives_the_same_losses(model_folder: Folder, tmp_path: Path) -> None:
+    """Of a model whose first token is no special one, with no row left out, so that both replace every token."""
+    from sae_lens import SAE
+    from sae_lens.evals import get_recons_loss
+    from sae_lens.load_model import load_model
+    from sae_lens.training.activation_scaler import ActivationScaler
+
+    folder = model_folder("gpt2")
+    one = spec(folder, tmp_path / "job", TEXTS, **ASKED | {"left_out": [], "sae": {"kind": "batchtopk", "k": 4}})
+    with torch.enable_grad():
+        metrics = run_job(one, Listener()).saes[0].metrics
+    model: Any = load_model("AutoModelForCausalLM", str(folder), device="cpu")
+    sae: Any = SAE.load_from_disk(one.output / "sae")
+    flags = np.fromfile(one.scratch / f"rows-{LAYER}.resid_post.bin", np.uint8)
+    starts = np.fromfile(one.scratch / "tokens" / "row_starts.bin", np.int64)
+    sums = dict.fromkeys(("ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_with_ablation"), 0.0)
+    predicted = 0
+    for text, start in zip(TEXTS, starts[:-1], strict=True):
+        if not flags[start] & HELD_OUT:
+            continue
+        tokens = torch.tensor([model.tokenizer(text)["input_ids"]])
+        losses = get_recons_loss(
+            sae, model, ActivationScaler(), tokens, compute_kl=False, compute_ce_loss=True, ignore_tokens=None
+        )
+        for name in sums:
+            sums[name] += float(losses[name].sum())
+        predicted += tokens.shape[1] - 1
+    assert metrics.cross_entropy is not None
+    ours = metrics.cross_entropy
+    assert ours.tokens == predicted
+    clean, spliced, zero = (total / predicted for total in sums.values())
+    assert (ours.clean, ours.spliced, ours.zero) == pytest.approx((clean, spliced, zero), rel=1e-4)
+    assert ours.recovered_zero == pytest.approx((zero - spliced) / (zero - clean), rel=0.01)
+    assert (
+        json.loads((one.output / "metadata.json").read_text())["training_results"]["cross_entropy"]["tokens"]
+        == predicted
+    )
