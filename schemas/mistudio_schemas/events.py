@@ -189,6 +189,17 @@ class SAEResult(Contract):
     """URI of the folder of its files."""
 
 
+class SAEFailure(Contract):
+    """An SAE of several that could not be trained; the others were."""
+
+    name: str
+    kind: str
+    code: ErrorCode
+    message: str
+    hint: str
+    """What to do."""
+
+
 class StatusFields(Contract):
     """The seed's `TrainingStatus`, and who speaks of which run."""
 
@@ -263,7 +274,9 @@ class TrainCompleted(StatusFields):
     ready_for_find_service: bool
     checkpoints: list[str] | None = None
     saes: list[SAEResult]
-    """Every SAE of the job, the primary one first."""
+    """Every SAE of the job that was trained, the primary one first."""
+    failed_saes: list[SAEFailure] = []
+    """Those that could not be; a job of which none can fails."""
     corpus: CorpusInfo
     manifest: ArtifactRef
     artifacts: list[ArtifactRef]

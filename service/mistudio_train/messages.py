@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
-from mistudio_schemas import CorpusInfo, ErrorCode, ModelInfo, Phase, SAEResult, TrainRequested
+from mistudio_schemas import CorpusInfo, ErrorCode, ModelInfo, Phase, SAEFailure, SAEResult, TrainRequested
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,8 @@ class Finished:
     memory_peak_bytes: int
     stopped_early: bool = False
     """Somebody asked for the result before training was over."""
+    failed_saes: list[SAEFailure] = field(default_factory=list)
+    """Those of several that could not be trained."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from mistudio_schemas import ErrorCode
 from mistudio_train.errors import CorpusRefused, ExportRefused, MemoryExhausted
 from mistudio_train.messages import ChildMessage, Finished, JobSpec, Progress, Warned
-from mistudio_train.training import pipeline
+from mistudio_train.training import sweep
 from mistudio_train.training.run import run_job
 
 from .conftest import Listener, spec_of
@@ -128,7 +128,7 @@ def test_memory_that_runs_out_in_training_can_be_tried_again(
     def fails(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(pipeline, "fit", fails)
+    monkeypatch.setattr(sweep, "fit", fails)
     with pytest.raises(MemoryExhausted, match="were planned for it") as caught:
         job(spec(model_folder("llama"), tmp_path / "job", TEXTS))
     assert caught.value.retryable

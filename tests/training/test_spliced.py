@@ -254,7 +254,7 @@ def test_a_perfect_sae_recovers_everything_and_one_that_gives_zero_nothing(
         return real(model, splices, *rest, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mistudio_train.training.pipeline.cross_entropies", with_others)
+        patch.setattr("mistudio_train.training.sweep.cross_entropies", with_others)
         job_of(model_folder("llama"), tmp_path / "job")
     perfect, zero = found
     assert perfect.spliced == pytest.approx(perfect.clean, rel=1e-6)

@@ -138,6 +138,8 @@ class Checkpoints:
             ref = TrainingRef(f"{name}.pt", f"{name}.jsonl")
             with disk_errors():
                 self._files[ref.state] = _write(self._workspace / ref.state, lambda file: torch.save(state, file))
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.touch()  # of one that could not even begin
                 self._files[ref.log] = _write(self._workspace / ref.log, lambda file: _copy(log, file))
             self._trainings[position:] = [ref]
             self._save()

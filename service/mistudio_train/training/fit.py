@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mistudio_schemas import SAEConfig
-from mistudio_train.errors import TrainingDiverged
+from mistudio_schemas import ErrorCode, SAEConfig
+from mistudio_train.errors import JobError, TrainingDiverged
 from mistudio_train.messages import LeftEarly
 from mistudio_train.sae.build import build_sae, recipe_for, settled
 from mistudio_train.sae.figures import EpochFigures, StepFigures
@@ -116,6 +116,10 @@ class Fitted:
         return self.epochs[-1].loss
 
 
+class FailedBefore(JobError):
+    """An earlier attempt has seen this SAE fail, and kept that: it would go the same way again."""
+
+
 class NothingTrained(Exception):
     """Training was stopped before its first step."""
 
@@ -149,6 +153,7 @@ def fit(
 
     Raises:
         TrainingDiverged: if it did so again.
+        FailedBefore: if `{"failed": …}` was kept of it.
         LeftEarly: if the parent wants the child to leave; all is saved.
         NothingTrained: if the parent wants an end before there was a step.
     """
@@ -158,6 +163,9 @@ def fit(
     while True:
         trainer = Trainer(build_sae(config, rows.d_in), recipe, rows=rows.rows, device=device, seed=config.seed or 0)
         state = kept.load()
+        if state is not None and "failed" in state:
+            failed = state["failed"]
+            raise FailedBefore(failed["message"], failed["hint"], ErrorCode(failed["code"]))
         flop = 12 * recipe.batch_size * rows.d_in * trainer.sae.d_sae
         with TrainingLog(log_path) as log, _threads_for(flop), freed_memory_kept():
             watch = _Watch(trainer, reporter, log, name, held_out, steps_after)

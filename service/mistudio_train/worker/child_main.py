@@ -6,6 +6,7 @@ Owns the process, not the work: that is `train`, whose import is the one step fr
 import contextlib
 import logging
 import os
+import resource
 import threading
 import traceback
 from collections.abc import Callable
@@ -36,6 +37,7 @@ def child_main(spec: JobSpec, messages: Connection, wishes: Connection, stderr: 
 
     """
     _forget_secrets()
+    _open_as_many_files_as_allowed()
     for stream in (1, 2):
         os.dup2(stderr.fileno(), stream)
     os.setpgid(0, 0)  # the terminal's Ctrl-C is for the parent; it decides what happens to us
@@ -89,6 +91,12 @@ def _run(job: Job, spec: JobSpec, parent: Parent) -> ChildMessage:
         lines = "".join(traceback.format_exception(error)).splitlines()[-TRACEBACK_LINES:]
         hint = "This is a defect of the worker or of a library; the traceback says where."
         return Failed(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}", hint, False, lines)
+
+
+def _open_as_many_files_as_allowed() -> None:
+    """Every site has a file a shard: more of both than the 1,024 that many systems begin with."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _forget_secrets() -> None:

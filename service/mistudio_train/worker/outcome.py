@@ -43,7 +43,7 @@ def completed(
         current_epoch=primary.epochs_trained,
         current_loss=primary.metrics.final_loss,
         estimated_time_remaining=0,
-        message=f"{len(finished.saes)} SAE{'s' if len(finished.saes) > 1 else ''} trained",
+        message=_trained(len(finished.saes), len(finished.failed_saes)),
         model_info=finished.model_info,
         model_path=uri["sae_model.pt"],
         activations_path=uri["feature_activations.pt"],
@@ -52,6 +52,7 @@ def completed(
         feature_count=primary.feature_count,
         ready_for_find_service=True,
         saes=finished.saes,
+        failed_saes=finished.failed_saes,
         corpus=finished.corpus,
         manifest=manifest,
         artifacts=list(artifacts),
@@ -63,6 +64,10 @@ def completed(
         stopped_early=finished.stopped_early,
         version=__version__,
     )
+
+
+def _trained(saes: int, failed: int) -> str:
+    return f"{saes} SAE{'s' if saes > 1 else ''} trained" + (f", {failed} failed" if failed else "")
 
 
 def reused(who: Who, earlier: TrainCompleted, *, seconds: float) -> TrainCompleted:

@@ -1,0 +1,260 @@
+"""All SAEs of a job on one extraction: trained one after another, each able to fail alone, then judged and written.
+
+Owns which SAE is where and what became of it; how one is trained, judged and written is in modules of their own.
+"""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from mistudio_schemas import Contract, CrossEntropy, SAEConfig, SAEFailure
+from mistudio_train.errors import JobError, MemoryExhausted, ModelRefused, TrainingDiverged
+from mistudio_train.messages import LeftEarly
+from mistudio_train.sae.build import recipe_for
+
+from .activations import ActivationStore
+from .allocator import give_back
+from .checkpoints import Checkpoints, KeptTraining
+from .files import write_json
+from .fit import HELD_OUT_ROWS, FailedBefore, Fitted, NothingTrained, fit
+from .frontier import write_frontier, write_table
+from .language_model import is_out_of_memory, load_with_head
+from .memory_plan import GIB, MemoryPlan
+from .reporter import Reporter
+from .results import Context, Written, write_result
+from .run import Accepted
+from .saelens import Origin
+from .selection import Selection
+from .shuffle import ShuffledRows
+from .sites import Site
+from .spliced import Splice, cross_entropies
+from .tokens import Tokens
+
+TRAINING: Final = (0.4, 0.85)
+SPLICING: Final = (0.85, 0.9)
+WRITING: Final = (0.9, 1.0)
+FAILS_ALONE: Final = (TrainingDiverged, MemoryExhausted, FailedBefore)
+"""What is the matter with one SAE and need not be with the others."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """An SAE that is asked for, and what it is to be trained on."""
+
+    position: int
+    config: SAEConfig
+    """Resolved."""
+    site: Site
+    store: ActivationStore
+    selection: Selection
+    origin: Origin
+
+    @property
+    def folder(self) -> str:
+        """Of its files below the run's root, if it is not the primary one, whose files lie at the root itself."""
+        return f"saes/{self.config.name}/"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An SAE that was."""
+
+    wanted: Wanted
+    fitted: Fitted
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What became of all that were asked for."""
+
+    written: list[Written]
+    """The primary one first: the first of those that were trained."""
+    failures: list[SAEFailure]
+    stopped: bool
+    """Whether the parent has wanted what there was before all were trained."""
+
+
+def make_saes(
+    wanted: Sequence[Wanted],
+    context: Context,
+    job: Accepted,
+    tokens: Tokens,
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+) -> Sweep:
+    """Train, judge and write them.
+
+    Raises:
+        JobError: if none could be trained: the first one's; or if a file cannot be written.
+        LeftEarly: if the parent wants the child to leave, or an end before there was anything.
+    """
+    with _memory_errors(job.plan):
+        trained, failures = _train_all(wanted, context, job, checkpoints, reporter)
+        losses = _cross_entropies(trained, job, tokens, reporter)
+        written = _write_all(trained, losses, context, job, reporter)
+    results = [one.result for one in written]
+    if len(wanted) > 1:
+        listed: dict[str, Sequence[Contract]] = {"saes": results, "failed": failures}
+        write_json(
+            job.spec.output / "saes.json",
+            {name: [one.model_dump(mode="json") for one in of_kind] for name, of_kind in listed.items()},
+        )
+        write_table(job.spec.output / "sweep" / "table.csv", results)
+        write_frontier(job.spec.output / "sweep" / "frontier.png", results)
+    missing = len(trained) + len(failures) < len(wanted)
+    return Sweep(written, failures, missing or any(one.fitted.stop_reason == "stopped" for one in trained))
+
+
+def _train_all(
+    wanted: Sequence[Wanted], context: Context, job: Accepted, checkpoints: Checkpoints, reporter: Reporter
+) -> tuple[list[Trained], list[SAEFailure]]:
+    """Fewer than all if the parent has wanted what there was."""
+    steps = [_steps(one, context) for one in wanted]
+    trained: list[Trained] = []
+    failures: list[SAEFailure] = []
+    first_error: JobError | None = None
+    for number, one in enumerate(wanted):
+        share = _part(TRAINING, number, len(wanted))
+        reporter.enter("training", f"training {one.config.name}", share, one.config.name)
+        kept = KeptTraining(checkpoints, one.position, _log(one, job))
+        try:
+            fitted = _train(one, context, job, kept, reporter, sum(steps[number + 1 :]))
+        except NothingTrained:
+            if not trained:
+                raise LeftEarly from None
+            break
+        except FAILS_ALONE as error:
+            if len(wanted) == 1:
+                raise
+            failures.append(_failed(one, error, kept, reporter))
+            first_error = first_error or error
+        else:
+            trained.append(Trained(one, fitted))
+        free(job.plan)
+    if not trained and first_error is not None:
+        raise first_error
+    return trained, failures
+
+
+def _train(
+    one: Wanted, context: Context, job: Accepted, kept: KeptTraining, reporter: Reporter, steps_after: int
+) -> Fitted:
+    buffer_bytes = job.spec.request.shuffle_bytes
+    rows = ShuffledRows(one.store, one.selection, seed=one.config.seed or 0, buffer_bytes=buffer_bytes)
+    held_out = one.selection.held_out_rows(HELD_OUT_ROWS)
+    with _memory_errors(job.plan):
+        return fit(
+            one.config,
+            rows,
+            one.store.gather(held_out) if len(held_out) else None,
+            mean_pooled=context.mean_pooled,
+            device=context.device,
+            reporter=reporter,
+            log_path=_log(one, job),
+            kept=kept,
+            steps_after=steps_after,
+        )
+
+
+def _failed(one: Wanted, error: JobError, kept: KeptTraining, reporter: Reporter) -> SAEFailure:
+    """An SAE that the others go on without; kept, so that no later attempt trains it again to see the same."""
+    name, kind = one.config.name or one.config.kind, one.config.kind
+    if not isinstance(error, FailedBefore):
+        reporter.warn(f"{name} failed: {error} {error.hint}")
+        kept.save({"failed": {"message": str(error), "hint": error.hint, "code": error.code.value}})
+    return SAEFailure(name=name, kind=kind, code=error.code, message=str(error), hint=error.hint)
+
+
+def _log(one: Wanted, job: Accepted) -> Path:
+    """Its training log, until it is known where the SAE's files are."""
+    return job.spec.scratch / "logs" / f"{one.position}.jsonl"
+
+
+def _cross_entropies(
+    trained: Sequence[Trained], job: Accepted, tokens: Tokens, reporter: Reporter
+) -> Sequence[CrossEntropy | None]:
+    """What the language model loses with each SAE in its place; nothing where that cannot be told."""
+    nothing = [None] * len(trained)
+    if not job.plan.splices or not trained[0].wanted.selection.counts.held_out or reporter.wish == "stop":
+        return nothing
+
+    def on_progress(done: float) -> None:
+        if reporter.wish == "leave":
+            raise LeftEarly
+        if reporter.due:
+            reporter.say(done)
+
+    reporter.enter("evaluating", "predicting held-out tokens with each SAE in the model's place", SPLICING)
+    spec, splices = job.spec, [Splice(one.wanted.site, one.fitted.sae, one.wanted.selection) for one in trained]
+    sites = list(dict.fromkeys(splice.site for splice in splices))
+    try:
+        with reporter.one_call():
+            model = load_with_head(job.source, job.plan, sites, token=spec.token, allow_unsafe=spec.allow_unsafe_models)
+        measured = cross_entropies(
+            model, splices, tokens, limit=spec.request.cross_entropy_tokens, on_progress=on_progress
+        )
+    except ModelRefused as error:
+        reporter.warn(f"no cross-entropy: {error}")
+        return nothing
+    del model
+    free(job.plan)
+    return measured or nothing
+
+
+def _write_all(
+    trained: Sequence[Trained],
+    losses: Sequence[CrossEntropy | None],
+    context: Context,
+    job: Accepted,
+    reporter: Reporter,
+) -> list[Written]:
+    written = []
+    for number, (one, loss) in enumerate(zip(trained, losses, strict=True)):
+        mine, place = one.wanted, one.wanted.folder if number else ""
+        share = _part(WRITING, number, len(trained))
+        written.append(
+            write_result(
+                context, mine.config, one.fitted, mine.store, mine.selection, mine.origin, loss, place, reporter, share
+            )
+        )
+        shutil.copyfile(_log(mine, job), job.spec.output / place / "training_log.jsonl")
+        free(job.plan)
+    return written
+
+
+@contextmanager
+def _memory_errors(plan: MemoryPlan) -> Iterator[None]:
+    """Say in our words that the SAE did not fit after all."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryExhausted(
+            f"Memory ran out on {plan.device} while an SAE was trained or evaluated; {plan.sae_bytes / GIB:.2f} GiB "
+            "were planned for it",
+            "Lower hidden_dim or batch_size, or use a worker with more memory. See what else uses the device.",
+        ) from error
+
+
+def _part(share: tuple[float, float], number: int, parts: int) -> tuple[float, float]:
+    """One of some equal parts of a share."""
+    begin, end = share
+    return begin + (end - begin) * number / parts, begin + (end - begin) * (number + 1) / parts
+
+
+def _steps(one: Wanted, context: Context) -> int:
+    rows = one.selection.counts.training
+    return recipe_for(one.config, rows=rows, mean_pooled=context.mean_pooled).total_steps(rows)
+
+
+def free(plan: MemoryPlan) -> None:
+    """Give back what nobody uses, on the device and here."""
+    if plan.device != "cpu":
+        torch.cuda.empty_cache()
+    give_back()
