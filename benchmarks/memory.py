@@ -38,6 +38,8 @@ POSITIONS: Final = 128
 LONGEST: Final = {"token": 3 * POSITIONS, "mean": 4}
 """Words of a text at most: in token pooling some are split into windows, in mean pooling each text is a row."""
 BATCH: Final = 2048
+SHUFFLE_BYTES: Final = 16 * 1024**2
+"""Of the buffer that rows are shuffled in: the smaller corpus must not fit into two of them."""
 STALL_SECONDS: Final = 600.0
 SAMPLE_SECONDS: Final = 0.02
 
@@ -231,6 +233,8 @@ def measure(case: Case, rows: int, model: Path, folder: Path) -> Measured:
             pooling=case.pooling,
             max_sequence_length=POSITIONS,
             saes=list(case.saes),
+            shuffle_bytes=SHUFFLE_BYTES,
+            cross_entropy_tokens=0,
         )
         spec = JobSpec(
             job_id="memory",

@@ -39,6 +39,9 @@ def pass_by(settings: Settings, offsets: dict[int, int]) -> None:
                     {place: OffsetAndMetadata(offset, "")}, settings.kafka_group_id
                 )
                 await producer.commit_transaction()
+        async with asyncio.timeout(30):  # an acknowledged offset is readable once the broker has written its marker
+            while await group.committed(settings, offsets) != offsets:  # noqa: ASYNC110 - only the broker knows
+                await asyncio.sleep(0.05)
 
     asyncio.run(commit())
 

@@ -59,6 +59,7 @@ def test_a_completed_job_shows_its_saes(cli: Cli, settings: Settings) -> None:
         "32",
         "0.0625",
         "-",
+        "-",
         "s3://b/jobs/j/runs/1/a1/",
     ]
 

@@ -104,6 +104,7 @@ def facts(status: TrainProgress) -> str:
     known = [
         f"loss {status.current_loss:.4g}" if status.current_loss is not None else "",
         f"L0 {status.l0:.1f}" if status.l0 is not None else "",
+        f"held-out FVU {status.held_out_fvu:.3f}" if status.held_out_fvu is not None else "",
         f"{status.tokens_per_second:,.0f} tokens/s" if status.tokens_per_second is not None else "",
         f"{timedelta(seconds=left)} left" if left is not None else "",
     ]
@@ -117,6 +118,8 @@ def show_end(event: Terminal) -> None:
         case TrainCompleted():
             say(f"{run} is completed in {timedelta(seconds=round(event.duration_seconds))} on {event.device}.")
             results().print(sae_table(event.saes))
+            for failure in event.failed_saes:
+                say_error(f"{failure.name} failed: {failure.message} ({failure.code})", failure.hint)
         case TrainFailed():
             say_error(f"{run} failed: {event.message} ({event.code})", event.hint)
         case TrainCancelled():
@@ -124,17 +127,18 @@ def show_end(event: Terminal) -> None:
 
 
 def sae_table(saes: list[SAEResult]) -> Table:
-    """A row an SAE: how good it is, and where it lies."""
-    table = Table("SAE", "layer", "latents", "epochs", "loss", "L0", "FVU", "dead", box=None)
+    """A row an SAE: how good it is (`recovered`: of the language model's cross-entropy), and where it lies."""
+    table = Table("SAE", "layer", "latents", "epochs", "loss", "L0", "FVU", "recovered", "dead", box=None)
     table.add_column("files", overflow="fold")  # a path is for copying: never cut
     for sae in saes:
         metrics = sae.metrics
+        recovered = metrics.cross_entropy.recovered_zero if metrics.cross_entropy else None
         table.add_row(
             escape(sae.name),
             f"{sae.layer_number} {sae.hook_site}",
             str(sae.feature_count),
             str(sae.epochs_trained),
-            *(number(value) for value in (metrics.final_loss, metrics.l0, metrics.fvu, metrics.dead_share)),
+            *(number(value) for value in (metrics.final_loss, metrics.l0, metrics.fvu, recovered, metrics.dead_share)),
             escape(sae.prefix),
         )
     return table
