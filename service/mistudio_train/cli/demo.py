@@ -97,6 +97,7 @@ def smollm2_inputs() -> Inputs:
         max_sequence_length=256,
         pooling="token",
         max_epochs=EPOCHS,
+        cross_entropy_tokens=2048,
         sae=BatchTopKSAE(name="demo", k=16, hidden_dim=2048, learning_rate=3e-3, batch_size=1024),
     )
     return Inputs(model, texts, request)

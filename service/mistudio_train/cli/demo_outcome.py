@@ -56,16 +56,14 @@ def quality(event: TrainCompleted) -> str:
         number(one) for one in (metrics.final_loss, metrics.l0, metrics.fvu, metrics.never_active_share)
     )
     judged = f"{metrics.rows:,} held-out tokens" if metrics.held_out else "the tokens that it was trained on"
-    loss_of_model = metrics.cross_entropy
-    recovered = (
-        "" if loss_of_model is None else f" · {number(loss_of_model.recovered_zero)} of the cross-entropy recovered"
-    )
+    losses = metrics.cross_entropy
+    recovered = "" if losses is None else f" · {number(losses.recovered_zero)} of the cross-entropy recovered"
     return (
         f"{sae.feature_count} features ({sae.kind}) of {Path(event.model_info.model_name).name}, block "
         f"{sae.layer_number}, {sae.hook_site}: {event.corpus.tokens:,} tokens of {event.corpus.texts:,} texts, "
         f"{sae.epochs_trained} passes, {event.duration_seconds:.0f} s on {event.device}\n"
-        f"loss {loss} · on {judged}: L0 {l0} active features a token · FVU {fvu} of the variance unexplained{recovered} · "
-        f"{dead} of the features dead"
+        f"loss {loss} · {dead} of the features dead · on {judged}:\n"
+        f"L0 {l0} active features a token · FVU {fvu} of the variance unexplained{recovered}"
     )
 
 
