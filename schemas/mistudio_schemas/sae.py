@@ -50,7 +50,7 @@ class ScheduledFields(SAEFields):
     decay: float = Field(0.2, ge=0, le=1)
     """Share of the steps at the end over which the learning rate falls to zero."""
     grad_clip: float = Field(1.0, gt=0)
-    """Upper bound of the gradient's norm."""
+    """Upper bound of the gradient's norm, of a loss that is summed over a row's dimensions, as the field states it."""
     b_dec_init: Literal["mean", "geometric_median"] = "mean"
     """Where the decoder's bias begins: the mean or the geometric median of a first sample of rows."""
     dead_after: float | None = Field(None, gt=0, le=1)
@@ -81,7 +81,7 @@ class StandardSAE(ScheduledFields):
     """`mean`: the seed's, of the mean absolute latent, with none of the schedule's fields. `decoder_norm`: of latents
     times the norms of their decoder rows, summed over latents and divided by the row's width."""
     sparsity_coeff: float | None = Field(None, gt=0)
-    """Weight of the penalty; `null`: the request's, with `decoder_norm` 1.0."""
+    """Weight of the penalty; `null`: the request's, with `decoder_norm` 2.0."""
     sparsity_warmup: float = Field(0.05, ge=0, le=1)
     """Share of the steps over which the penalty's weight rises from zero; `decoder_norm` only."""
     learning_rate: float | None = Field(None, gt=0, le=1.0)
@@ -173,9 +173,9 @@ class JumpReLUSAE(ScheduledFields):
     """Weight of the penalty."""
     sparsity_warmup: float = Field(0.2, ge=0, le=1)
     """Share of the steps over which the penalty's weight rises from zero."""
-    bandwidth: float = Field(0.05, gt=0)
+    bandwidth: float = Field(0.4, gt=0)
     """Of the thresholds' gradients, in units of rows scaled to a mean squared norm of their width."""
-    initial_threshold: float = Field(0.01, gt=0)
+    initial_threshold: float = Field(1.0, gt=0)
     """Of every latent, in the same units."""
 
 
@@ -183,7 +183,7 @@ class GatedSAE(ScheduledFields):
     """Tells apart whether a latent is active and how much (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
 
     kind: Literal["gated"] = "gated"
-    sparsity_coeff: float = Field(1.0, gt=0)
+    sparsity_coeff: float = Field(3.0, gt=0)
     """Weight of the gates' L1 penalty, summed over latents and divided by the row's width."""
     sparsity_warmup: float = Field(0.05, ge=0, le=1)
     """Share of the steps over which the penalty's weight rises from zero."""

@@ -8,6 +8,12 @@ from torch import Tensor
 from mistudio_train.sae.trainer import Trainer
 
 
+def adam_of(weights: dict[str, Tensor]) -> torch.optim.Adam:
+    """Decoders learn twice as fast as the rest, logarithms of thresholds ten times."""
+    rates = {"W_dec": 2.0, "log_threshold": 10.0}
+    return torch.optim.Adam([{"params": [one], "rate": rates.get(name, 1.0)} for name, one in weights.items()], lr=1.0)
+
+
 def update(
     weights: Collection[Tensor],
     decoder: Tensor,
@@ -26,8 +32,10 @@ def update(
     assert slope is not None
     if not free:
         slope -= ((slope * decoder).sum(1, keepdim=True) * decoder).detach()
-    torch.nn.utils.clip_grad_norm_(weights, 1.0)
-    adam.param_groups[0]["lr"] = trainer.recipe.learning_rate_at(trainer.steps, trainer.total_steps)
+    torch.nn.utils.clip_grad_norm_(weights, 1.0 / decoder.shape[1])
+    rate = trainer.recipe.learning_rate_at(trainer.steps, trainer.total_steps)
+    for group in adam.param_groups:
+        group["lr"] = group["rate"] * rate
     adam.step()
     if not free:
         with torch.no_grad():

@@ -17,7 +17,7 @@ from mistudio_train.sae.scaled import ScaledAutoencoder
 from mistudio_train.sae.trainer import Trainer
 
 from .batches import batches_of
-from .reference import update
+from .reference import adam_of, update
 
 D_IN, D_SAE, BATCH, STEPS = 10, 40, 32, 20
 BANDWIDTH = 0.4
@@ -99,7 +99,7 @@ def test_twenty_steps_equal_the_formulas_in_dense_matrices(
     recipe = Recipe(1e-2, BATCH, max_epochs=1, dead_after_rows=10**6, grad_clip=1.0, warmup=0.2, decay=0.2)
     weights = {name: weight.detach().clone().requires_grad_() for name, weight in sae.named_parameters()}
     trainer = Trainer(sae, recipe, rows=len(x), device="cpu", seed=0)
-    adam = torch.optim.Adam(weights.values(), lr=1.0)
+    adam = adam_of(weights)
     for batch in batches_of(trainer):
         loss = dense_loss(sae, weights, x[batch], StepInput(x[batch], trainer.steps, trainer.total_steps))
         free = isinstance(sae, L1Autoencoder)

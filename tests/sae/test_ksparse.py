@@ -16,7 +16,7 @@ from mistudio_train.sae.recipe import Recipe
 from mistudio_train.sae.trainer import Trainer
 
 from .batches import batches_of
-from .reference import update
+from .reference import adam_of, update
 
 D_IN, D_SAE, K, BATCH, STEPS = 10, 40, 4, 32, 20
 KINDS: list[SAEConfig] = [
@@ -79,7 +79,7 @@ def test_twenty_steps_equal_the_formulas_in_dense_matrices(config: SAEConfig) ->
         sae.b_enc[: D_SAE // 3] = -1.0  # so that some are dead for a while
     dense = Dense(sae)
     trainer = Trainer(sae, recipe, rows=len(x), device="cpu", seed=0)
-    adam = torch.optim.Adam(dense.weights, lr=1.0)
+    adam = adam_of(dict(zip(("W_enc", "b_enc", "W_dec", "b_dec"), dense.weights, strict=True)))
     aux_losses = []
     for batch in batches_of(trainer):
         reconstruction, aux = dense.losses(x[batch], trainer._dead_latents())

@@ -36,7 +36,7 @@ def test_topk_takes_its_kinds_own_recipe() -> None:
     recipe = recipe_for(config, rows=100_000, mean_pooled=False)
     assert recipe.learning_rate == pytest.approx(4e-4)  # 2e-4 / sqrt(1 / 4)
     assert (recipe.warmup, recipe.decay, recipe.grad_clip) == (0.05, 0.2, 1.0)
-    assert (recipe.batch_size, recipe.dead_after_rows) == (1024, 500_000)
+    assert (recipe.batch_size, recipe.dead_after_rows, recipe.adam_eps) == (1024, 500_000, 1e-12)
     assert (recipe.min_loss, recipe.patience, recipe.reinitialize_dead_every) == (None, None, 0)
     sae = build_sae(config, d_in=31)
     assert isinstance(sae, TopKAutoencoder)

@@ -94,7 +94,7 @@ def slope(sae: TopKAutoencoder, parameter: Tensor, x: Tensor, dead: Tensor | Non
 def test_the_auxiliary_gradient_reaches_encoder_and_decoder_of_dead_latents() -> None:
     sae = topk()
     with torch.no_grad():
-        sae.b_enc[:6] = -3.0  # never among the k largest, sometimes positive
+        sae.b_enc[:6] = -1.5  # never among the k largest, sometimes positive
     dead = torch.arange(24) < 6
     x = rows_of(200, 8) * 1.5
     output = sae.step(StepInput(x, 0, 1, dead))
@@ -150,10 +150,10 @@ def test_the_decoder_keeps_norm_one_and_its_gradient_has_no_part_along_it() -> N
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
 
 
-def test_starts_with_unit_directions_and_an_encoder_that_is_a_copy() -> None:
+def test_starts_with_unit_directions_and_an_encoder_that_is_half_of_them() -> None:
     sae = topk()
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(24))
-    assert torch.equal(sae.W_enc, sae.W_dec)
+    assert torch.equal(sae.W_enc, 0.5 * sae.W_dec)
     assert sae.W_enc.data_ptr() != sae.W_dec.data_ptr()
     assert not sae.b_enc.any()
 
@@ -213,7 +213,7 @@ def test_finds_a_known_dictionary() -> None:
 
 
 def test_the_auxiliary_loss_revives_dead_latents() -> None:
-    x, _ = dictionary_rows(4096, d_in=16, features=32, active=2)
+    x, _ = dictionary_rows(4096, d_in=16, features=64, active=2)  # so that every latent is wanted
 
     def dead_share_with(aux_k_coeff: float) -> float:
         sae = topk(d_in=16, d_sae=64, k=2, aux_k_coeff=aux_k_coeff)
@@ -221,7 +221,7 @@ def test_the_auxiliary_loss_revives_dead_latents() -> None:
         trainer = Trainer(sae, recipe, rows=len(x), device="cpu", seed=0)
         trainer.prepare(x)
         with torch.no_grad():
-            sae.b_enc[:32] = -2.0  # half of the latents begin too low to be chosen
+            sae.b_enc[:32] = -1.0  # half of the latents begin too low to be chosen
         train(trainer, x)
         return float((sae.encode(x) > 0).any(0)[:32].logical_not().double().mean())
 

@@ -84,6 +84,10 @@ class SparseAutoencoder(nn.Module, ABC):
         """The parameters that have a row for each latent."""
         return [self.W_enc, self.b_enc, self.W_dec]
 
+    def relative_rates(self) -> dict[nn.Parameter, float]:
+        """By what the learning rate is multiplied, of parameters that do not simply take it."""
+        return {}
+
     @torch.no_grad()
     def reset_latents(self, which_F: Tensor, generator: torch.Generator) -> None:
         """Give the latents in `which_F` fresh encoder rows and biases, and decoder rows that copy those.

@@ -37,7 +37,9 @@ DEAD_AFTER_AT_MOST: Final = 10_000_000
 AUX_K_COEFF: Final = 1 / 32
 AUX_K_ROWS: Final = 20_000
 """Fewer mean-pooled rows are learned by heart before the auxiliary loss helps."""
-L1_COEFF: Final = 1.0
+L1_COEFF: Final = 2.0
+ADAM_EPS: Final = 1e-12
+"""With PyTorch's 1e-8 the auxiliary loss' clipped gradients are lost beside it, and twice as many latents stay dead."""
 
 T = TypeVar("T")
 
@@ -146,6 +148,7 @@ def recipe_for(config: SAEConfig, *, rows: int, mean_pooled: bool) -> Recipe:
         warmup=config.warmup,
         decay=config.decay,
         grad_clip=config.grad_clip,
+        adam_eps=ADAM_EPS,
         resample_at=tuple(config.resample_at or ()),
         held_out_patience=config.patience or None,
     )

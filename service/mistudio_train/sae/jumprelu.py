@@ -16,6 +16,9 @@ from .sparse import active_where, decode_at
 TANH_SCALE = 4.0
 """Of the activations within the penalty's tanh (Conerly et al. 2025, "Dictionary Learning Optimization Techniques")."""
 
+THRESHOLD_RATE = 10.0
+"""The learning rate of log thresholds by the others'."""
+
 
 class JumpReLUAutoencoder(ScaledAutoencoder):
     """A threshold θ_f of its own for every latent, learned; with p, z and L_aux of `ScaledAutoencoder`.
@@ -56,6 +59,10 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
     def by_latent(self) -> list[nn.Parameter]:
         """The thresholds, too."""
         return [*super().by_latent, self.log_threshold]
+
+    def relative_rates(self) -> dict[nn.Parameter, float]:
+        """The thresholds' too: they have orders of magnitude to go, where weights have fractions."""
+        return super().relative_rates() | {self.log_threshold: THRESHOLD_RATE}
 
     @property
     def threshold(self) -> Tensor:

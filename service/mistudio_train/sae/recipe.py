@@ -28,7 +28,9 @@ class Recipe:
     decay: float = 0.0
     """Share of the steps at the end over which it falls to zero."""
     grad_clip: float | None = None
-    """Upper bound of the gradient's norm; `None`: none."""
+    """Upper bound of the norm of the gradient, of the loss summed over a row's dimensions; `None`: none."""
+    adam_eps: float = 1e-8
+    """What Adam adds to the root of a gradient's mean square: it must be small beside gradients that were clipped."""
     reinitialize_dead_every: int = 0
     """Epochs between re-initialisations of rarely active latents, none in the last ten epochs; 0: never."""
     training_rows: int | None = None

@@ -37,7 +37,7 @@ class Trainer:
         self.epoch = 0
         """The epoch in progress, from 0; the number of epochs made."""
         self._parameters = list(sae.parameters())
-        self._optimizer = torch.optim.Adam(self._parameters, lr=recipe.learning_rate, fused=True)
+        self._optimizer = torch.optim.Adam(_groups(sae), lr=recipe.learning_rate, eps=recipe.adam_eps, fused=True)
         self._generator = torch.Generator().manual_seed(_derived_seed(seed))
         self.rate = 1.0
         """Share of the recipe's learning rate that is used."""
@@ -76,9 +76,10 @@ class Trainer:
         self._optimizer.zero_grad(set_to_none=True)
         output.loss.backward()  # type: ignore[no-untyped-call]
         self.sae.before_update()
-        if self.recipe.grad_clip is not None:
-            torch.nn.utils.clip_grad_norm_(self._parameters, self.recipe.grad_clip)
-        self._optimizer.param_groups[0]["lr"] = self.learning_rate_at(self.steps)
+        if self.recipe.grad_clip is not None:  # which is of a sum over dimensions, and the loss is their mean
+            torch.nn.utils.clip_grad_norm_(self._parameters, self.recipe.grad_clip / self.sae.d_in)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["rate"] * self.learning_rate_at(self.steps)
         self._optimizer.step()
         self.sae.after_update()
         self._count(output.active_rows_F, len(x_BD))
@@ -236,6 +237,15 @@ class Trainer:
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name][which_F] = 0
         self._rows_since_active_F[which_F] = 0
+
+
+def _groups(sae: SparseAutoencoder) -> list[dict[str, Any]]:
+    """The parameters by the rate that they take, relative to the learning rate."""
+    rates = sae.relative_rates()
+    by_rate: dict[float, list[Tensor]] = {}
+    for parameter in sae.parameters():
+        by_rate.setdefault(rates.get(parameter, 1.0), []).append(parameter)
+    return [{"params": parameters, "rate": rate} for rate, parameters in by_rate.items()]
 
 
 def _share(which_F: Tensor) -> float:

@@ -1,0 +1,102 @@
+"""Which learning rate and which coefficients come next, and what is read off between them. Pure numbers.
+
+The same rules for every side; must not know any.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Final
+
+from scipy.stats import t as student  # type: ignore[import-untyped]
+
+from benchmarks.quality.figures import Figures
+
+MIDDLE_RATE: Final = 1e-3
+RATE_STEP: Final = 3
+LEAST_RATES: Final = 5
+MOST_RATES: Final = 9
+GAP: Final = 2.0
+"""Between neighbours that are interpolated between, the higher L0 is at most so many times the lower."""
+MOST_COEFFICIENTS: Final = 8
+
+
+def rate(place: float) -> float:
+    """Of the grid's places, of which 0 is the middle."""
+    return float(f"{MIDDLE_RATE * RATE_STEP**place:.3g}")
+
+
+def best_rate(fvus: Mapping[float, float]) -> float:
+    """With the lowest FVU."""
+    return min(fvus, key=lambda lr: fvus[lr])
+
+
+def next_rate(fvus: Mapping[float, float]) -> float | None:
+    """What is to be tried next: five, more until the best has a worse one on either side, then half-way to these.
+
+    `None` when that is done, or when the best is at an edge after `MOST_RATES`.
+    """
+    for place in range(-(LEAST_RATES // 2), LEAST_RATES // 2 + 1):
+        if rate(place) not in fvus:
+            return rate(place)
+    whole = {place: fvus[rate(place)] for place in range(-MOST_RATES, MOST_RATES) if rate(place) in fvus}
+    best = min(whole, key=lambda place: whole[place])
+    if best in (min(whole), max(whole)):
+        beyond = best + (1 if best == max(whole) else -1)
+        return rate(beyond) if len(whole) < MOST_RATES else None
+    return next((lr for lr in (rate(best - 0.5), rate(best + 0.5)) if lr not in fvus), None)
+
+
+def next_coefficient(
+    l0s: Mapping[float, float], low: float, high: float, *, start: float, denser: float
+) -> float | None:
+    """What is to be tried next, for L0s on either side of `low` to `high` and no wide gap between.
+
+    Args:
+        l0s: what was found with each coefficient.
+        low: the lowest L0 that is wanted.
+        high: the highest.
+        start: the first coefficient.
+        denser: what a coefficient is multiplied by for more active latents.
+
+    Returns:
+        `None` when there is nothing to try, or too much was.
+
+    """
+    if not l0s:
+        return start
+    if len(l0s) >= MOST_COEFFICIENTS:
+        return None
+    by_l0 = sorted(l0s.items(), key=lambda one: one[1])
+    (sparsest, least), (densest, most) = by_l0[0], by_l0[-1]
+    if least > low:
+        return sparsest / denser
+    if most < high:
+        return densest * denser
+    for (one, l0), (other, next_l0) in pairwise(by_l0):
+        if next_l0 > low and l0 < high and next_l0 > GAP * l0:
+            return math.sqrt(one * other)
+    return None
+
+
+def at_l0(points: Sequence[Figures], name: str, wanted: float) -> Figures | None:
+    """Figures linear in the logarithm of the L0 that is called `name`; `None` where no two points are around it."""
+    by_l0 = sorted((point for point in points if point[name] > 0), key=lambda point: point[name])
+    if exact := [point for point in by_l0 if point[name] == wanted]:
+        return exact[0]
+    for one, other in pairwise(by_l0):
+        if one[name] < wanted < other[name]:
+            share = math.log(wanted / one[name]) / math.log(other[name] / one[name])
+            return {figure: one[figure] + share * (other[figure] - one[figure]) for figure in one if figure in other}
+    return None
+
+
+def interval(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """The mean ratio and its 95% interval, by Student's t on the logarithms."""
+    logs = [math.log(ratio) for ratio in ratios]
+    mean = statistics.fmean(logs)
+    if len(logs) < 2:
+        return math.exp(mean), 0.0, math.inf
+    half = float(student.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
