@@ -60,6 +60,8 @@ class SparseAutoencoder(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    encoder_start: ClassVar[float] = 1.0
+    """The encoder's rows are so many times the decoder's at the start."""
 
     def __init__(self, d_in: int, d_sae: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -67,7 +69,7 @@ class SparseAutoencoder(nn.Module, ABC):
         self.b_enc = nn.Parameter(torch.empty(d_sae))
         self.W_dec = nn.Parameter(torch.empty(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
-        self.reset_latents(torch.ones(d_sae, dtype=torch.bool), generator)
+        self._draw(torch.ones(d_sae, dtype=torch.bool), generator)
 
     @property
     def d_in(self) -> int:
@@ -88,15 +90,19 @@ class SparseAutoencoder(nn.Module, ABC):
         """By what the learning rate is multiplied, of parameters that do not simply take it."""
         return {}
 
-    @torch.no_grad()
     def reset_latents(self, which_F: Tensor, generator: torch.Generator) -> None:
         """Give the latents in `which_F` fresh encoder rows and biases, and decoder rows that copy those.
 
         A whole encoder is drawn, on the CPU, so that the values depend neither on the device nor on which are reset.
         """
+        self._draw(which_F, generator)
+
+    @torch.no_grad()
+    def _draw(self, which_F: Tensor, generator: torch.Generator) -> None:
         drawn_FD, drawn_F = self.draw_encoder(generator)
         which_F = which_F.to(self.W_enc.device)
-        for parameter, drawn in ((self.W_enc, drawn_FD), (self.b_enc, drawn_F), (self.W_dec, drawn_FD)):
+        fresh = (self.W_enc, self.encoder_start * drawn_FD), (self.b_enc, drawn_F), (self.W_dec, drawn_FD)
+        for parameter, drawn in fresh:
             parameter[which_F] = drawn.to(parameter)[which_F]
 
     def resample(self, dead_F: Tensor, x_BD: Tensor, generator: torch.Generator) -> Tensor:

@@ -87,9 +87,8 @@ class GatedAutoencoder(ScaledAutoencoder):
     def reset_latents(self, which_F: Tensor, generator: torch.Generator) -> None:
         """Their magnitudes, too, begin again."""
         super().reset_latents(which_F, generator)
-        if hasattr(self, "r_mag"):  # the first time it is not there yet
-            for parameter in (self.r_mag, self.b_mag):
-                parameter[which_F.to(parameter.device)] = 0
+        for parameter in (self.r_mag, self.b_mag):
+            parameter[which_F.to(parameter.device)] = 0
 
     def folded(self) -> FoldedSAE:
         """The magnitudes' encoder, with thresholds: p > 0 exactly where m > b_mag - e^r b_enc."""

@@ -100,8 +100,7 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
     def reset_latents(self, which_F: Tensor, generator: torch.Generator) -> None:
         """Their thresholds, too, begin again."""
         super().reset_latents(which_F, generator)
-        if hasattr(self, "log_threshold"):  # the first time it is not there yet
-            self.log_threshold[which_F.to(self.log_threshold.device)] = torch.tensor(self.initial_threshold).log()
+        self.log_threshold[which_F.to(self.log_threshold.device)] = torch.tensor(self.initial_threshold).log()
 
     def folded(self) -> FoldedSAE:
         """With the thresholds θ / s."""

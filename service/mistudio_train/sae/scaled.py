@@ -17,12 +17,10 @@ from .largest import largest_of_rows
 from .sparse import Active, decode_at, encode_at
 
 LEAST_NORM = 1e-12
-ENCODER_START = 0.5
-"""W_enc is so many times W_dec at the start, so that its rows turn faster at first."""
 DECODER_RATE = 2.0
 """The decoder's learning rate by the others': its rows have norm 1, where those of others begin at 0.1 and turn sooner.
-Both numbers, and a clipping that truly clips, are from a language model's rows: the FVU of `topk` after 189 steps was
-0.168 without them and is 0.156 (`benchmarks/quality.py`)."""
+This, the encoder's smaller start, and a clipping that truly clips, are from a language model's rows: the FVU of `topk`
+after 189 steps was 0.168 without them and is 0.156 (`benchmarks/quality`)."""
 RESAMPLED_NORM = 0.5
 """Of the mean encoder norm, where a latent begins anew: with Bricken et al.'s 0.2 the kinds that choose the largest
 latents do not choose it, and a third were dead again."""
@@ -56,6 +54,7 @@ class ScaledAutoencoder(SparseAutoencoder):
     """
 
     scale: Tensor
+    encoder_start = 0.5
 
     def __init__(self, d_in: int, d_sae: int, options: ScaledOptions, generator: torch.Generator) -> None:
         super().__init__(d_in, d_sae, generator)
@@ -72,12 +71,6 @@ class ScaledAutoencoder(SparseAutoencoder):
     def relative_rates(self) -> dict[nn.Parameter, float]:
         """The decoder's."""
         return {self.W_dec: DECODER_RATE}
-
-    @torch.no_grad()
-    def reset_latents(self, which_F: Tensor, generator: torch.Generator) -> None:
-        """With encoder rows that are half of their decoder's."""
-        super().reset_latents(which_F, generator)
-        self.W_enc[which_F.to(self.W_enc.device)] *= ENCODER_START
 
     @torch.no_grad()
     def prepare(self, sample_ND: Tensor) -> None:
