@@ -34,6 +34,7 @@ from mistudio_schemas import (
 )
 from mistudio_train.sae.build import build_sae
 from mistudio_train.sae.recipe import Recipe
+from mistudio_train.sae.scaled import ScaledAutoencoder
 from mistudio_train.sae.trainer import Trainer
 from mistudio_train.training.allocator import freed_memory_kept
 
@@ -45,7 +46,8 @@ STEPS: Final = 4
 """That one measurement lasts."""
 SHARES: Final = [1 / 32, 1 / 16, 1 / 8, 1 / 4]
 K_SPARSE: Final = ("topk", "batchtopk", "matryoshka")
-BY_THRESHOLD: Final = ("jumprelu", "gated")
+BY_THRESHOLD: Final = ("jumprelu", "gated", "l1")
+"""Kinds of which any share of the latents may be active; `l1` is `standard` with the penalty weighted by norms."""
 Step = Callable[[Tensor], object]
 
 
@@ -63,10 +65,9 @@ class Case:
     active: float | None = None
     """Share of the latents that is active, of the kinds whose thresholds decide that."""
 
-    @property
-    def threshold(self) -> float:
-        """Above which that share of normally distributed numbers lies."""
-        return statistics.NormalDist().inv_cdf(1 - (self.active or 0.5))
+    def threshold(self, deviation: float) -> float:
+        """Above which that share of normally distributed numbers of such a standard deviation lies."""
+        return deviation * statistics.NormalDist().inv_cdf(1 - (self.active or 0.5))
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,12 @@ def config_of(case: Case) -> SAEConfig:
         case "matryoshka":
             return MatryoshkaSAE(**shape, k=case.k, group_shares=SHARES)
         case "jumprelu":
-            return JumpReLUSAE(**shape, target_l0=None, initial_threshold=max(0.03, case.threshold))
+            threshold = case.threshold(ScaledAutoencoder.encoder_start)
+            return JumpReLUSAE(**shape, target_l0=None, initial_threshold=max(0.03, threshold))
         case "gated":
             return GatedSAE(**shape)
+        case "l1":
+            return StandardSAE(**shape, penalty="decoder_norm")
         case _:
             return StandardSAE(**shape, sparsity_coeff=1e-3)
 
@@ -110,8 +114,8 @@ def our_step(case: Case, rows: list[Tensor]) -> Step:
     trainer.prepare(rows[0])
     dead = int(case.dead * case.m)
     with torch.no_grad():
-        if case.kind == "gated":
-            sae.b_enc.fill_(-case.threshold)
+        if case.kind in ("gated", "l1"):
+            sae.b_enc.fill_(-case.threshold(sae.encoder_start))
         sae.b_enc[:dead] = -100.0
     trainer._rows_since_active_F[:dead] = recipe.dead_after_rows
     trainer.epoch = 1000  # long enough for latents to be dead
@@ -127,13 +131,14 @@ def saelens_step(case: Case) -> Step:
     widths = [round(case.m * sum(SHARES[:n])) for n in range(1, len(SHARES) + 1)] + [case.m]
     made: dict[str, Callable[[], Any]] = {
         "standard": lambda: saes.StandardTrainingSAE(saes.StandardTrainingSAEConfig(**shape)),
+        "l1": lambda: saes.StandardTrainingSAE(saes.StandardTrainingSAEConfig(**shape)),
         "topk": lambda: saes.TopKTrainingSAE(saes.TopKTrainingSAEConfig(**shape, k=case.k)),
         "batchtopk": lambda: saes.BatchTopKTrainingSAE(saes.BatchTopKTrainingSAEConfig(**shape, k=case.k)),
         "matryoshka": lambda: saes.MatryoshkaBatchTopKTrainingSAE(
             saes.MatryoshkaBatchTopKTrainingSAEConfig(**shape, k=case.k, matryoshka_widths=widths)
         ),
         "jumprelu": lambda: saes.JumpReLUTrainingSAE(
-            saes.JumpReLUTrainingSAEConfig(**shape, jumprelu_init_threshold=max(0.03, case.threshold))
+            saes.JumpReLUTrainingSAEConfig(**shape, jumprelu_init_threshold=max(0.03, case.threshold(1.0)))
         ),
         "gated": lambda: saes.GatedTrainingSAE(saes.GatedTrainingSAEConfig(**shape)),
     }
@@ -142,7 +147,9 @@ def saelens_step(case: Case) -> Step:
     dead = int(case.dead * case.m)
     with torch.no_grad():
         if case.kind == "gated":
-            trainer.sae.b_gate.fill_(-case.threshold)
+            trainer.sae.b_gate.fill_(-case.threshold(1.0))
+        elif case.kind == "l1":
+            trainer.sae.b_enc.fill_(-case.threshold(trainer.sae.W_enc.norm(dim=0).mean().item()))
         else:
             trainer.sae.b_enc[:dead] = -100.0
     trainer.n_forward_passes_since_fired[:dead] = 10**6
