@@ -84,11 +84,33 @@ def test_a_model_that_does_not_fit_is_refused_with_what_to_do(tmp_path: Path) ->
     assert "smaller model" in caught.value.hint
 
 
-def test_the_largest_of_several_saes_counts_not_their_sum(tmp_path: Path) -> None:
+def test_the_largest_of_several_saes_counts_and_of_the_others_their_weights(tmp_path: Path) -> None:
     source = config_only(tmp_path / "m", **LLAMA_8B | {"num_hidden_layers": 1, "vocab_size": 10})
     saes = [{"kind": "standard", "hidden_dim": 128 * (i + 1), "name": f"s{i}"} for i in range(3)]
     plan = plan_memory(source, spec_of(tmp_path / "m", tmp_path, saes=saes))
-    assert plan.sae_bytes == sae_training_bytes(4096, 384, 16)
+    assert plan.sae_bytes == sae_training_bytes(4096, 384, 16) + 4 * 2 * 4096 * (128 + 256)
+
+
+@pytest.mark.parametrize(
+    ("corpus", "size", "fields", "expected"),
+    [
+        ("corpus.txt", 1000, {}, 4 * 4096 * 1000),
+        ("corpus.txt", 10**6, {}, 2 * 256 * 1024**2),
+        ("corpus.txt", 10**6, {"token_budget": 100}, 4 * 4096 * 100),
+        ("corpus.txt", 10**6, {"shuffle_bytes": 1024**2}, 2 * 1024**2),
+        ("corpus.txt.gz", 1000, {}, 2 * 256 * 1024**2),
+    ],
+)
+def test_a_cpu_has_the_buffers_that_rows_are_shuffled_in(
+    tmp_path: Path, corpus: str, size: int, fields: dict[str, int], expected: int
+) -> None:
+    source = config_only(tmp_path / "m", **LLAMA_8B | {"num_hidden_layers": 1, "vocab_size": 10})
+    (tmp_path / "corpus.txt").write_bytes(b"x" * size)
+    asked = {"hidden_dim": 128, "corpus_file": corpus, **fields}
+    spec = spec_of(tmp_path / "m", tmp_path, **asked)  # type: ignore[arg-type]
+    alone = sae_training_bytes(4096, 128, 16)
+    assert plan_memory(source, spec, Device("cpu", 64 * GIB)).sae_bytes == alone + expected
+    assert plan_memory(source, spec, gpu(40)).sae_bytes == alone
 
 
 @pytest.mark.parametrize(

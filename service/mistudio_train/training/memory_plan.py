@@ -27,6 +27,8 @@ SAE_COPIES: Final = 7
 transpose with its gradient, twice where dead latents have a loss of their own."""
 SAE_BATCH_COPIES: Final = 8
 """fp32 matrices of rows by latents that a step holds at once, as measured."""
+BATCH_OF_TOKENS, BATCH_OF_MEANS = 1024, 256
+"""Rows a step where the request does not say."""
 LOGITS_BYTES: Final = 256 * 1024**2
 """Of the predictions of one forward pass, with the copies that the loss makes."""
 MAX_TOKENS_CPU: Final = 2048
@@ -82,12 +84,7 @@ def plan_memory(source: ModelSource, spec: JobSpec, device: Device | None = None
     dtype = _dtype(spec.request.dtype, device.gpu)
     shapes = trunk_shapes(source, spec.token)
     per_token = bytes_per_token(source, dtype, length)
-    sae_bytes = max(
-        sae_training_bytes(
-            source.d_in, sae.hidden_dim or 0, sae.batch_size or (256 if spec.request.pooling == "mean" else 1024)
-        )
-        for sae in spec.request.resolved_saes()
-    )
+    sae_bytes = saes_bytes(source.d_in, spec, on_cpu=device.gpu is None)
     room = device.available_bytes - device.overhead
     quantization = _quantization(spec.request.quantization, device, shapes, dtype, room - length * per_token)
     model_bytes = weight_bytes(shapes, dtype, quantization)
@@ -146,6 +143,25 @@ def bytes_per_token(source: ModelSource, dtype: Dtype, length: int) -> int:
     """
     scores = 2 * source.heads * length
     return BYTES[dtype] * (10 * source.d_in + 3 * source.d_mlp + scores) + 4 * source.d_in
+
+
+def saes_bytes(d_in: int, spec: JobSpec, *, on_cpu: bool) -> int:
+    """Bytes of the largest SAE in training, beside it the weights of those that are done, and on a CPU the buffers that
+    rows are shuffled in.
+    """
+    request, batch = spec.request, BATCH_OF_MEANS if spec.request.pooling == "mean" else BATCH_OF_TOKENS
+    saes = [(sae.hidden_dim or 0, sae.batch_size or batch) for sae in request.resolved_saes()]
+    training = max(sae_training_bytes(d_in, d_sae, rows) for d_sae, rows in saes)
+    done = 4 * 2 * d_in * (sum(d_sae for d_sae, _ in saes) - max(d_sae for d_sae, _ in saes))
+    return training + done + (_buffer_bytes(d_in, spec) if on_cpu else 0)
+
+
+def _buffer_bytes(d_in: int, spec: JobSpec) -> int:
+    """Two buffers, or all rows where the corpus has so few bytes; a packed corpus may have any number."""
+    request, most = spec.request, 2 * spec.request.shuffle_bytes
+    packed = request.corpus_file.lower().endswith((".gz", ".parquet"))
+    tokens = most if packed else spec.corpus.stat().st_size if spec.corpus.exists() else 0
+    return min(most, 4 * d_in * min(tokens, request.token_budget or tokens))
 
 
 def sae_training_bytes(d_in: int, d_sae: int, batch_size: int) -> int:
