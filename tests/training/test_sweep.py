@@ -140,7 +140,7 @@ def test_the_table_has_a_line_an_sae_with_the_figures_of_the_event(swept: tuple[
     for line, result in zip(table, finished.saes, strict=True):
         assert float(line["fvu"]) == result.metrics.fvu
         assert float(line["l0"]) == result.metrics.l0
-        assert line["prefix"] == result.prefix
+        assert one.uri_prefix + line["folder"] == result.prefix
         assert result.metrics.cross_entropy is not None
         assert float(line["cross_entropy_spliced"]) == result.metrics.cross_entropy.spliced
 

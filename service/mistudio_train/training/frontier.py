@@ -12,16 +12,16 @@ from typing import Any, Final
 from mistudio_schemas import SAEResult
 
 FIGURES: Final = ("fvu", "explained_variance", "cosine", "l0", "dead_share", "never_active_share", "training_fvu")
-ABOUT: Final = ("name", "kind", "layer_number", "hook_site", "feature_count", "steps", "stop_reason", "prefix")
+ABOUT: Final = ("name", "kind", "layer_number", "hook_site", "feature_count", "steps", "stop_reason")
 LOSSES: Final = ("clean", "spliced", "zero", "mean", "recovered_zero", "recovered_mean")
 
 
 def write_table(path: Path, results: Sequence[SAEResult]) -> None:
-    """A line an SAE, as CSV; what is not defined is empty."""
+    """A line an SAE, the primary one first, with its folder below that one's; CSV, what is not defined is empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow([*ABOUT, *FIGURES, *(f"cross_entropy_{name}" for name in LOSSES)])
+        writer.writerow([*ABOUT, *FIGURES, *(f"cross_entropy_{name}" for name in LOSSES), "folder"])
         for result in results:
             losses = result.metrics.cross_entropy
             writer.writerow(
@@ -29,6 +29,7 @@ def write_table(path: Path, results: Sequence[SAEResult]) -> None:
                     *(getattr(result, name) for name in ABOUT),
                     *(getattr(result.metrics, name) for name in FIGURES),
                     *(getattr(losses, name, None) for name in LOSSES),
+                    result.prefix.removeprefix(results[0].prefix),
                 ]
             )
 
