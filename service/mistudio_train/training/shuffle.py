@@ -5,6 +5,7 @@ thus has rows of texts from everywhere, the disk is read in pieces that are wort
 be gone to without what lies before it. Reads ahead on threads; the order does not depend on them.
 """
 
+import itertools
 from collections.abc import Generator
 from contextlib import closing
 from typing import Any, Final
@@ -48,6 +49,9 @@ class ShuffledRows:
         self._blocks_a_chunk = max(1, buffer_bytes // (self._block_rows * row_bytes))
         self._rows_of_block = selection.training_per_block(self._block_rows)
         self._whole: Rows | None = None
+        held = 0 if self._blocks <= self._blocks_a_chunk else self._blocks_a_chunk * self._block_rows
+        self._buffers = itertools.cycle([self._empty(held) for _ in range(1 + CHUNKS_AHEAD)])
+        """Filled in turns: when the next chunk but one is read, this one has been used up."""
 
     @property
     def rows(self) -> int:
@@ -104,13 +108,13 @@ class ShuffledRows:
         """The training rows of these blocks in the store's order; where there is but one chunk, it is read but once."""
         if self._whole is not None:
             return self._whole
-        chunk = self._read(np.sort(blocks))
         if self._blocks <= self._blocks_a_chunk:
-            self._whole = chunk
-        return chunk
+            self._whole = self._read(np.sort(blocks), self._empty(self.rows))
+            return self._whole
+        return self._read(np.sort(blocks), next(self._buffers))
 
-    def _read(self, blocks: NDArray[np.int64]) -> Rows:
-        rows = np.empty(int(self._rows_of_block[blocks].sum(dtype=np.int64)), self._row)
+    def _read(self, blocks: NDArray[np.int64], rows: Rows) -> Rows:
+        """Fill the beginning of `rows` with the training rows of these blocks."""
         block, filled = np.empty(self._block_rows, self._row), 0
         for start in (blocks * self._block_rows).tolist():
             stop = min(start + self._block_rows, self._store.rows)
@@ -118,7 +122,10 @@ class ShuffledRows:
             kept = block[: stop - start][self._selection.training(start, stop)]
             rows[filled : filled + len(kept)] = kept
             filled += len(kept)
-        return rows
+        return rows[:filled]
+
+    def _empty(self, rows: int) -> Rows:
+        return np.empty(rows, self._row)
 
     @property
     def _row(self) -> np.dtype[np.void]:
