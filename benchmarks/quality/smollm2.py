@@ -27,6 +27,7 @@ from mistudio_train.training.model_source import ModelSource, inspect
 from mistudio_train.training.order import RowOrder
 from mistudio_train.training.selection import OUTLIER, Selection, hold_out, select
 from mistudio_train.training.sites import Site
+from mistudio_train.training.spliced import replaced_where
 from mistudio_train.training.texts import Texts
 from mistudio_train.training.tokens import padded
 
@@ -91,17 +92,11 @@ def loss_of(model: HeadedModel, windows: dict[str, Tensor], change: Change | Non
         ids_BT, mask_BT, judged_BT = (
             windows[name][start : start + WINDOWS_AT_ONCE] for name in ("ids", "mask", "judged")
         )
-        replace = partial(_where, judged_BT.flatten(), change) if change else None
+        replace = partial(replaced_where, judged_BT.flatten(), change) if change else None
         logits_BTV = model.logits(ids_BT, mask_BT, SITE, replace)
         asked_BT = mask_BT[:, 1:].bool()
         total += float(functional.cross_entropy(logits_BTV[:, :-1][asked_BT], ids_BT[:, 1:][asked_BT], reduction="sum"))
     return total / predicted
-
-
-def _where(judged_N: Tensor, change: Change, x_ND: Tensor) -> Tensor:
-    others_ND = x_ND.clone()
-    others_ND[judged_N] = change(x_ND[judged_N])
-    return others_ND
 
 
 def build(folder: Path) -> None:

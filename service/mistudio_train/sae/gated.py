@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .base import ACTIVE_ABOVE, StepInput, StepOutput
+from .base import StepInput, StepOutput
 from .folded import FoldedSAE, plain
 from .gates import gate
 from .scaled import ScaledAutoencoder, ScaledOptions
@@ -68,14 +68,7 @@ class GatedAutoencoder(ScaledAutoencoder):
             + functional.mse_loss(gate_hat_BD, z_BD)
             + self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
         )
-        is_active_N = acts_N.detach() > ACTIVE_ABOVE
-        return StepOutput(
-            loss=reconstruction_loss + sparsity_loss,
-            reconstruction_loss=reconstruction_loss,
-            sparsity_loss=sparsity_loss,
-            l0=is_active_N.sum() / len(z_BD),
-            active_rows_F=active.count_by_latent(is_active_N),
-        )
+        return self.output(active, acts_N, len(z_BD), reconstruction_loss, sparsity_loss)
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """The activations h / s, so that they and their decoder rows make up x and not z."""

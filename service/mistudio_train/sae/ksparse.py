@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .base import ACTIVE_ABOVE, StepInput, StepOutput
+from .base import StepInput, StepOutput
 from .scaled import ScaledAutoencoder, ScaledOptions
 from .sparse import Active, decode_at
 
@@ -47,11 +47,4 @@ class KSparseAutoencoder(ScaledAutoencoder):
         values_N = self.values_at(active, pre_BF, centred_BD).relu()
         reconstruction_loss, z_hat_BD = self.reconstruction_loss(active, values_N, z_BD)
         aux_loss = self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
-        is_active_N = values_N.detach() > ACTIVE_ABOVE
-        return StepOutput(
-            loss=reconstruction_loss + aux_loss,
-            reconstruction_loss=reconstruction_loss,
-            sparsity_loss=aux_loss,
-            l0=is_active_N.sum() / len(z_BD),
-            active_rows_F=active.count_by_latent(is_active_N),
-        )
+        return self.output(active, values_N, len(z_BD), reconstruction_loss, aux_loss)

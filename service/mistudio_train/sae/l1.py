@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .base import ACTIVE_ABOVE, StepInput, StepOutput
+from .base import StepInput, StepOutput
 from .scaled import ScaledAutoencoder, ScaledOptions
 from .sparse import active_where, decode_at
 
@@ -54,14 +54,7 @@ class L1Autoencoder(ScaledAutoencoder):
         penalty = (active.sum_by_latent(acts_N) * weight_F).sum() / z_BD.numel()
         sparsity_loss = self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * penalty
         sparsity_loss = sparsity_loss + self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
-        is_active_N = acts_N.detach() > ACTIVE_ABOVE
-        return StepOutput(
-            loss=reconstruction_loss + sparsity_loss,
-            reconstruction_loss=reconstruction_loss,
-            sparsity_loss=sparsity_loss,
-            l0=is_active_N.sum() / len(z_BD),
-            active_rows_F=active.count_by_latent(is_active_N),
-        )
+        return self.output(active, acts_N, len(z_BD), reconstruction_loss, sparsity_loss)
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """The activations h / s, so that they and their decoder rows make up x and not z."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .base import SparseAutoencoder
+from .base import ACTIVE_ABOVE, SparseAutoencoder, StepOutput
 from .folded import FoldedSAE, plain
 from .largest import largest_of_rows
 from .sparse import Active, decode_at, encode_at
@@ -150,6 +150,19 @@ class ScaledAutoencoder(SparseAutoencoder):
     def values_at(self, active: Active, pre_BF: Tensor, centred_BD: Tensor) -> Tensor:
         """The p at the active places, with gradients of b_dec and of the encoder."""
         return encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc)
+
+    def output(
+        self, active: Active, acts_N: Tensor, rows: int, reconstruction_loss: Tensor, sparsity_loss: Tensor
+    ) -> StepOutput:
+        """What a step says whose activations h at the active places are `acts_N`."""
+        is_active_N = acts_N.detach() > ACTIVE_ABOVE
+        return StepOutput(
+            loss=reconstruction_loss + sparsity_loss,
+            reconstruction_loss=reconstruction_loss,
+            sparsity_loss=sparsity_loss,
+            l0=is_active_N.sum() / rows,
+            active_rows_F=active.count_by_latent(is_active_N),
+        )
 
     def aux_k_loss(self, pre_BF: Tensor, centred_BD: Tensor, residual_BD: Tensor, dead_F: Tensor | None) -> Tensor:
         """L_aux, c included; its gradient reaches the decoder and, through the values, the encoder."""

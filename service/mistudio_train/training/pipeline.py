@@ -162,10 +162,15 @@ def _select(context: Context, job: Accepted, extraction: Extraction, reporter: R
     if request.held_out_share and not held_out.any():
         reporter.warn("no text could be held out: the figures are of the rows that the SAEs were trained on")
     reporter.enter("extracting", "telling the rows apart", (EXTRACTING[1], EXTRACTING[1]))
+
+    def on_progress(done: float) -> None:
+        if reporter.due:
+            reporter.say(done)
+
     selections = {}
     for site, store in extraction.stores.items():
         path = scratch / f"rows-{site}.bin"
-        selections[site] = select(store, extraction.tokens, held_out, request, path, lambda done: None)
+        selections[site] = select(store, extraction.tokens, held_out, request, path, on_progress)
         _warn_of_rows(selections[site], site, request, reporter)
         if context.mean_pooled:
             for sentence in advice.on_rows(store, lambda text: len(context.texts[text])):

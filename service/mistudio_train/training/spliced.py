@@ -64,6 +64,7 @@ def cross_entropies(
     if not len(windows) or not (model.causal or model.mask_id):
         return None
     ways = _ways(splices, model.device)
+    selections = {splice.site: splice.selection for splice in splices}
     sums = dict.fromkeys(["clean", *ways], 0.0)
     predicted, done, total = 0, 0, int(windows["length"].sum())
     for batch in _batches(windows, len(tokens.rules.frame), model.vocabulary):
@@ -71,11 +72,13 @@ def cross_entropies(
         predicted += asked.predicted
         there = asked.to(model.device)
         sums["clean"] += there.loss(model.logits(there.ids_BT, there.mask_BT))
-        for way, (splice, replace) in ways.items():
-            judged_N = _judged(tokens, splice.selection, batch, asked.real_BT).to(model.device)
-            sums[way] += there.loss(
-                model.logits(there.ids_BT, there.mask_BT, splice.site, partial(_where, judged_N, replace))
-            )
+        judged_N = {
+            site: _judged(tokens, selection, batch, asked.real_BT).to(model.device)
+            for site, selection in selections.items()
+        }
+        for way, (site, replace) in ways.items():
+            replace_judged = partial(replaced_where, judged_N[site], replace)
+            sums[way] += there.loss(model.logits(there.ids_BT, there.mask_BT, site, replace_judged))
         done += int(batch["length"].sum())
         on_progress(done / total)
     if not predicted:
@@ -84,15 +87,15 @@ def cross_entropies(
     return [_result(means, f"sae {i}", splice.site, predicted, model.causal) for i, splice in enumerate(splices)]
 
 
-def _ways(splices: Sequence[Splice], device: torch.device) -> dict[str, tuple[Splice, Replace]]:
+def _ways(splices: Sequence[Splice], device: torch.device) -> dict[str, tuple[Site, Replace]]:
     """What the rows of a site are replaced by; every SAE is one way, and SAEs of one site share the other two."""
-    ways: dict[str, tuple[Splice, Replace]] = {}
+    ways: dict[str, tuple[Site, Replace]] = {}
     for number, splice in enumerate(splices):
         mean_D = splice.selection.mean_D
         assert mean_D is not None  # rows are tokens
-        ways[f"zero {splice.site}"] = splice, torch.zeros_like
-        ways[f"mean {splice.site}"] = splice, partial(_same, mean_D.to(device))
-        ways[f"sae {number}"] = splice, partial(_reconstructed, splice.sae.to(device))
+        ways[f"zero {splice.site}"] = splice.site, torch.zeros_like
+        ways[f"mean {splice.site}"] = splice.site, partial(_same, mean_D.to(device))
+        ways[f"sae {number}"] = splice.site, partial(_reconstructed, splice.sae.to(device))
     return ways
 
 
@@ -104,8 +107,8 @@ def _reconstructed(sae: FoldedSAE, x_ND: Tensor) -> Tensor:
     return sae.decode(sae.encode(x_ND.float())).to(x_ND.dtype)
 
 
-def _where(judged_N: Tensor, replace: Replace, x_ND: Tensor) -> Tensor:
-    """The rows, those that are judged replaced."""
+def replaced_where(judged_N: Tensor, replace: Replace, x_ND: Tensor) -> Tensor:
+    """The rows, those replaced that are judged: bool [N]."""
     others_ND = x_ND.clone()
     others_ND[judged_N] = replace(x_ND[judged_N])
     return others_ND
