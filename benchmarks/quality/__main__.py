@@ -43,7 +43,7 @@ from rich.console import Console
 from benchmarks.machine import machine
 from benchmarks.quality.data import SHAPES
 from benchmarks.quality.runs import Runs, versions
-from benchmarks.quality.sides import KINDS
+from benchmarks.quality.sides import KINDS, SIDES
 from benchmarks.quality.study import Study
 from benchmarks.quality.table import rows_of, show
 
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
     runs = Runs(options.raw, train=not options.table, say=console.print)
     for data in SHAPES if options.data == "both" else [options.data]:
         for kind in options.kinds if not options.table else []:
-            _study(runs, data, kind, options).carry_out()
+            _study(runs, data, kind, options).carry_out(options.sides)
     known = Runs(options.raw, train=False, say=console.print)
     rows = [row for data in SHAPES for kind in KINDS for row in rows_of(_study(known, data, kind, options))]
     show(rows, console)
@@ -79,6 +79,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=[*SHAPES, "both"], default="both")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--seeds", type=int, default=5, help="that figures are of")
     parser.add_argument("--steps", type=int, help="of each training")
     parser.add_argument("--threads", type=int, help="of arithmetic")

@@ -50,9 +50,9 @@ class Study:
         """The L0s of the figures."""
         return self.shape.wanted if self.by_coefficient else (self.shape.k,)
 
-    def carry_out(self) -> None:
+    def carry_out(self, sides: Sequence[str] = tuple(SIDES)) -> None:
         """Train everything, all sides of a seed before the next seed."""
-        tuned = {side: self.tuned(side) for side in SIDES}
+        tuned = {side: self.tuned(side) for side in sides}
         for seed in self.seeds:
             for side, with_what in tuned.items():
                 if seed in self.seeds_of(side):
