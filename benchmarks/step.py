@@ -3,6 +3,9 @@
 The floor is 12·B·d·m floating-point operations (forward 4, backward 8) at the rate of the encoder's matrix product,
 which is measured between the steps, as everything here is in turns. A trainer's share is the floor's time by its own;
 steps that touch only active entries may go beyond 1.
+
+On a GPU (`--device cuda`) the product is of bfloat16, ours trains with `precision` as given, and SAELens twice: in fp32
+with TF32 products, and with its `autocast`; the faster one is shown.
 """
 
 import argparse
@@ -15,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 import torch
 from rich.console import Console
@@ -33,7 +36,7 @@ from mistudio_schemas import (
     TopKSAE,
 )
 from mistudio_train.sae.build import build_sae
-from mistudio_train.sae.recipe import Recipe
+from mistudio_train.sae.recipe import Precision, Recipe
 from mistudio_train.sae.scaled import ScaledAutoencoder
 from mistudio_train.sae.trainer import Trainer
 from mistudio_train.training.allocator import freed_memory_kept
@@ -78,6 +81,7 @@ class Measured:
     floor: float
     ours: float
     saelens: float | None
+    """The fastest of its settings."""
 
     @property
     def share(self) -> float:
@@ -106,11 +110,18 @@ def config_of(case: Case) -> SAEConfig:
             return StandardSAE(**shape, sparsity_coeff=1e-3)
 
 
-def our_step(case: Case, rows: list[Tensor]) -> Step:
+def our_step(case: Case, rows: list[Tensor], precision: Precision) -> Step:
     """A step of our trainer."""
-    recipe = Recipe(1e-3, case.batch, max_epochs=10_000, dead_after_rows=1000 * case.batch, grad_clip=1.0)
+    recipe = Recipe(
+        1e-3,
+        case.batch,
+        max_epochs=10_000,
+        dead_after_rows=1000 * case.batch,
+        grad_clip=1.0,
+        precision=precision,
+    )
     sae = build_sae(config_of(case), case.d)
-    trainer = Trainer(sae, recipe, rows=BATCHES * case.batch, device="cpu", seed=0)
+    trainer = Trainer(sae, recipe, rows=BATCHES * case.batch, device=rows[0].device, seed=0)
     trainer.prepare(rows[0])
     dead = int(case.dead * case.m)
     with torch.no_grad():
@@ -122,12 +133,12 @@ def our_step(case: Case, rows: list[Tensor]) -> Step:
     return trainer.step
 
 
-def saelens_step(case: Case) -> Step:
+def saelens_step(case: Case, device: torch.device, *, autocast: bool) -> Step:
     """A step of SAELens' trainer with its own defaults."""
     from sae_lens import config, saes
     from sae_lens.training.sae_trainer import SAETrainer
 
-    shape: dict[str, Any] = {"d_in": case.d, "d_sae": case.m}
+    shape: dict[str, Any] = {"d_in": case.d, "d_sae": case.m, "device": device.type}
     widths = [round(case.m * sum(SHARES[:n])) for n in range(1, len(SHARES) + 1)] + [case.m]
     made: dict[str, Callable[[], Any]] = {
         "standard": lambda: saes.StandardTrainingSAE(saes.StandardTrainingSAEConfig(**shape)),
@@ -142,7 +153,7 @@ def saelens_step(case: Case) -> Step:
         ),
         "gated": lambda: saes.GatedTrainingSAE(saes.GatedTrainingSAEConfig(**shape)),
     }
-    cfg = config.SAETrainerConfig(10**12, case.batch, lr_end=3e-5)
+    cfg = config.SAETrainerConfig(10**12, case.batch, lr_end=3e-5, device=device.type, autocast=autocast)
     trainer: Any = SAETrainer(cfg, made[case.kind](), iter(()))
     dead = int(case.dead * case.m)
     with torch.no_grad():
@@ -157,19 +168,25 @@ def saelens_step(case: Case) -> Step:
     return step
 
 
-def product(case: Case) -> Step:
-    """The encoder's matrix product, into memory that is there."""
-    weight, out = torch.randn(case.m, case.d), torch.empty(case.batch, case.m)
-    return lambda x: torch.mm(x, weight.T, out=out)
+def product(case: Case, rows: list[Tensor]) -> Step:
+    """The encoder's matrix product, into memory that is there; of a GPU's fastest type that is trained in."""
+    dtype = torch.bfloat16 if rows[0].is_cuda else torch.float32
+    narrow = {id(x): x.to(dtype) for x in rows}
+    weight, out = (
+        torch.randn(shape, device=rows[0].device).to(dtype) for shape in ((case.m, case.d), (case.batch, case.m))
+    )
+    return lambda x: torch.mm(narrow[id(x)], weight.T, out=out)
 
 
-def measure(case: Case, runs: int, *, peer: bool) -> Measured:
+def measure(case: Case, runs: int, device: torch.device, precision: Precision, *, peer: bool) -> Measured:
     """All in turns, `runs` times."""
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randn(case.batch, case.d, generator=generator) for _ in range(BATCHES)]
-    steps = {"floor": product(case), "ours": our_step(case, rows)}
+    rows = [torch.randn(case.batch, case.d, generator=generator).to(device) for _ in range(BATCHES)]
+    steps = {"floor": product(case, rows), "ours": our_step(case, rows, precision)}
     if peer:
-        steps["saelens"] = saelens_step(case)
+        steps["saelens"] = saelens_step(case, device, autocast=False)
+        if device.type == "cuda":
+            steps["saelens autocast"] = saelens_step(case, device, autocast=True)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for run in range(runs + 1):
         for name, step in steps.items():
@@ -178,15 +195,35 @@ def measure(case: Case, runs: int, *, peer: bool) -> Measured:
             if run:
                 times[name].append(taken)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
-    return Measured(case, 6 * medians["floor"], medians["ours"], medians.get("saelens"))
+    peers = [taken for name, taken in medians.items() if name.startswith("saelens")]
+    return Measured(case, 6 * medians["floor"], medians["ours"], min(peers, default=None))
+
+
+def profiled(case: Case, device: torch.device, precision: Precision) -> str:
+    """The operations of ours that take longest, by their own time."""
+    rows = [torch.randn(case.batch, case.d, device=device) for _ in range(BATCHES)]
+    step = our_step(case, rows, precision)
+    _time(step, rows, WARM_UP)
+    with torch.profiler.profile() as profile:
+        _time(step, rows, STEPS)
+    by = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"
+    table: str = profile.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60)
+    return table
 
 
 def _time(step: Step, rows: list[Tensor], count: int) -> float:
     step(rows[-1])  # for the memory that is kept from one to the next
+    _wait(rows)
     began = time.perf_counter()
     for number in range(count):
         step(rows[number % BATCHES])
+    _wait(rows)
     return 1000 * (time.perf_counter() - began) / count
+
+
+def _wait(rows: list[Tensor]) -> None:
+    if rows[0].is_cuda:
+        torch.cuda.synchronize()
 
 
 def cases(widths: list[int], kinds: list[str], d: int, batch: int, k: int) -> Iterator[Case]:
@@ -222,9 +259,9 @@ def show(measured: list[Measured], console: Console) -> None:
             f"{case.m:,}",
             f"{case.dead:.0%}",
             f"{case.active or case.k / case.m:.1%}",
-            f"{one.floor:.0f}",
-            f"{one.ours:.0f}",
-            "" if peer is None else f"{peer:.0f}",
+            f"{one.floor:.3g}",
+            f"{one.ours:.3g}",
+            "" if peer is None else f"{peer:.3g}",
             f"{one.share:.2f}",
             "" if peer is None else f"{one.floor / peer:.2f}",
             "" if peer is None else f"{peer / one.ours:.1f}",
@@ -241,17 +278,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="ours")
+    parser.add_argument("--profile", action="store_true", help="show where ours spends its time, too")
     parser.add_argument("--no-peer", action="store_true", help="without SAELens")
     parser.add_argument("--to", type=Path, default=RESULTS, help="JSON file of the figures")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # SAELens' libraries'
     console = Console(width=126, highlight=False)
+    torch.backends.cuda.matmul.allow_tf32 = True  # for SAELens in fp32
     measured: list[Measured] = []
     for case in cases(options.widths, options.kinds, options.d, options.batch, options.k):
-        measured.append(measure(case, options.runs, peer=not options.no_peer))
-        console.print(f"{case}: {measured[-1].share:.2f} of the floor")
+        one = measure(case, options.runs, options.device, options.precision, peer=not options.no_peer)
+        measured.append(one)
+        console.print(f"{case}: {one.share:.2f} of the floor, {(one.saelens or 0) / one.ours:.1f} times SAELens")
+        if options.profile:
+            console.print(profiled(case, options.device, options.precision))
     show(measured, console)
-    about = f"d {options.d}, B {options.batch}, k {options.k}, fp32, {torch.get_num_threads()} threads. {machine()}"
+    about = (
+        f"d {options.d}, B {options.batch}, k {options.k}, precision {options.precision},"
+        f" {torch.get_num_threads()} threads. {machine()}"
+    )
     console.print(f"{about}, torch {torch.__version__}")
     figures = {"about": about, "torch": torch.__version__, "steps": [asdict(one) for one in measured]}
     options.to.parent.mkdir(parents=True, exist_ok=True)

@@ -51,6 +51,9 @@ class ScheduledFields(SAEFields):
     """Share of the steps at the end over which the learning rate falls to zero."""
     grad_clip: float = Field(1.0, gt=0)
     """Upper bound of the gradient's norm, of a loss that is summed over a row's dimensions, as the field states it."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the operands of matrix products of whole batches are rounded to; weights, sums, thresholds and the optimiser
+    are float32; `auto`: bfloat16 on a GPU that computes in it, else float32."""
     b_dec_init: Literal["mean", "geometric_median"] = "mean"
     """Where the decoder's bias begins: the mean or the geometric median of a first sample of rows."""
     dead_after: float | None = Field(None, gt=0, le=1)

@@ -60,6 +60,8 @@ class SparseAutoencoder(nn.Module, ABC):
     """
 
     kind: ClassVar[str]
+    operands: torch.dtype = torch.float32
+    """What the operands of products of whole batches are rounded to, by kinds that can; weights and sums are fp32."""
     encoder_start: ClassVar[float] = 1.0
     """The encoder's rows are so many times the decoder's at the start."""
 

@@ -149,6 +149,7 @@ def recipe_for(config: SAEConfig, *, rows: int, mean_pooled: bool) -> Recipe:
         decay=config.decay,
         grad_clip=config.grad_clip,
         adam_eps=ADAM_EPS,
+        precision=config.precision,
         resample_at=tuple(config.resample_at or ()),
         held_out_patience=config.patience or None,
     )

@@ -98,6 +98,27 @@ class Sums:
         self.rows = state["rows"]
 
 
+class Late:
+    """Reads numbers without making the device wait: each time, the one of the time before."""
+
+    def __init__(self) -> None:
+        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def read(self, number: Tensor) -> float | None:
+        """Ask for a 0-d tensor's number; given the last one that was asked for, on a CPU this one."""
+        if not number.is_cuda:
+            return number.item()
+        on_its_way = torch.empty((), dtype=number.dtype, pin_memory=True)
+        on_its_way.copy_(number, non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        before, self._coming = self._coming, (on_its_way, event)
+        if before is None:
+            return None
+        before[1].synchronize()
+        return before[0].item()
+
+
 class Divergence:
     """Notices that the loss is no number any more, or far above where it began, without making the device wait.
 
@@ -112,7 +133,7 @@ class Divergence:
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
         self._first: float | None = None
-        self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+        self._late = Late()
 
     def add(self, output: StepOutput, steps: int) -> None:
         """Count a step, with which `steps` are made.
@@ -123,7 +144,7 @@ class Divergence:
         self._sum += output.reconstruction_loss.detach()
         if steps % self.EVERY:
             return
-        mean = self._read(self._sum / self.EVERY)
+        mean = self._late.read(self._sum / self.EVERY)
         self._sum.zero_()
         if mean is None:
             return
@@ -132,20 +153,6 @@ class Divergence:
             raise diverged(f"the reconstruction loss is {mean:.3g} by step {steps}{began}")
         if self._first is None:
             self._first = mean
-
-    def _read(self, mean: Tensor) -> float | None:
-        """The number itself, from a GPU the one that was asked for last time."""
-        if not mean.is_cuda:
-            return mean.item()
-        before, on_its_way = self._coming, torch.empty((), dtype=mean.dtype, pin_memory=True)
-        on_its_way.copy_(mean, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        self._coming = on_its_way, event
-        if before is None:
-            return None
-        before[1].synchronize()
-        return before[0].item()
 
     def state_dict(self) -> dict[str, Any]:
         """What has been seen; a number on its way is not waited for."""

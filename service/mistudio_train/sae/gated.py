@@ -64,7 +64,7 @@ class GatedAutoencoder(ScaledAutoencoder):
         gate_hat_BD = decode_at(active, gate_N, self.W_dec.detach()) + self.b_dec.detach()
         reconstruction_loss = functional.mse_loss(z_hat_BD, z_BD)
         sparsity_loss = (
-            self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * gate_N.sum() / z_BD.numel()
+            self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * gate_N.sum(dtype=z_BD.dtype) / z_BD.numel()
             + functional.mse_loss(gate_hat_BD, z_BD)
             + self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
         )

@@ -38,7 +38,7 @@ class _Gate(Function):
         shown = (magnitude > 0).to(values.dtype).mul_(is_open)
         ctx.save_for_backward(values, is_open, shown, gain_F)
         ctx.active = active
-        return values.relu(), magnitude.mul_(shown)
+        return values.relu(), magnitude.mul_(shown).to(values.dtype)
 
     @staticmethod
     @once_differentiable
@@ -60,7 +60,7 @@ class _JumpReLU(Function):
         near = (values > threshold - bandwidth / 2) & (values < threshold + bandwidth / 2)
         ctx.save_for_backward(above, near, threshold_F)
         ctx.active, ctx.bandwidth = active, bandwidth
-        return values * above, above.sum()
+        return values * above, above.sum(dtype=threshold_F.dtype)
 
     @staticmethod
     @once_differentiable

@@ -110,4 +110,4 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
     def _penalty(self, acts_N: Tensor, l0: Tensor, rows: int) -> Tensor:
         if self.target_l0 is not None:
             return (l0 / self.target_l0 - 1).square()
-        return (TANH_SCALE * acts_N).tanh().sum() / (rows * self.d_in)
+        return (TANH_SCALE * acts_N).tanh().sum(dtype=self.b_dec.dtype) / (rows * self.d_in)

@@ -18,13 +18,13 @@ SAMPLE = 100_003
 def largest_of_rows(matrix_BF: Tensor, k: int) -> Tensor:
     """Where the k largest entries of each row are: int64 [B, k], in no order; of equal ones at the border any.
 
-    On a CPU in two stages where that is faster. A row's k largest lie in those k of its groups of entries that have the
+    In two stages where that is faster. A row's k largest lie in those k of its groups of entries that have the
     largest maxima, so that the second selection is from few. Entries of a group are apart, so that maxima are taken of
     whole vectors.
     """
     rows, columns = matrix_BF.shape
     size = _group_size(columns, k)
-    if matrix_BF.is_cuda or size < LEAST_GROUP:
+    if size < LEAST_GROUP:
         return matrix_BF.topk(k, dim=1, sorted=False).indices
     groups = columns // size
     grouped = matrix_BF.view(rows, size, groups)
@@ -59,9 +59,9 @@ class LargestOfBatch:
         On a GPU always so many: those beyond the positive ones are for a ReLU to set to zero.
         """
         flat = matrix_BF.reshape(-1)
-        if flat.is_cuda:  # which selects from all at once, and need not be asked for any number on the way
-            places_N = flat.topk(count, sorted=False).indices.sort().values
-            return Active.at(places_N, *matrix_BF.shape), flat[places_N].min().clamp_min(0)
+        if flat.is_cuda:  # which must not be asked for any number on the way
+            places_N = largest_of_rows(flat[None], count)[0].sort().values
+            return Active.at(places_N, *matrix_BF.shape), flat[places_N].min().clamp_min(0).float()
         places_N = self._candidates(flat, count)
         values_N = flat[places_N]
         if not len(values_N):

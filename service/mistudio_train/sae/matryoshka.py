@@ -40,11 +40,9 @@ class MatryoshkaAutoencoder(BatchTopKAutoencoder):
 
     def reconstruction_loss(self, active: Active, values_N: Tensor, z_BD: Tensor) -> tuple[Tensor, Tensor]:
         """The mean over prefixes, and the whole reconstruction."""
-        z_hat_BD: Tensor = self.b_dec.expand_as(z_BD)
-        losses, begin = [], 0
-        for end in self.prefixes:
-            group, places = active.only((active.latents_N >= begin) & (active.latents_N < end))
-            z_hat_BD = z_hat_BD + decode_at(group, values_N[places], self.W_dec)
-            losses.append(functional.mse_loss(z_hat_BD, z_BD))
-            begin = end
-        return torch.stack(losses).mean(), z_hat_BD
+        groups = len(self.prefixes)
+        ends = torch.tensor(self.prefixes[:-1], device=z_BD.device)
+        apart, order_N = active.split(torch.bucketize(active.latents_N, ends, right=True), groups)
+        of_groups_GBD = decode_at(apart, values_N[order_N], self.W_dec).view(groups, *z_BD.shape)
+        z_hats_GBD = of_groups_GBD.cumsum(0) + self.b_dec
+        return functional.mse_loss(z_hats_GBD, z_BD.expand_as(z_hats_GBD)), z_hats_GBD[-1]

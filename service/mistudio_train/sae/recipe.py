@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+Precision = Literal["auto", "float32", "bfloat16"]
+
 StopReason = Literal["max_epochs", "training_rows", "min_loss", "no_improvement", "stopped"]
 """The first two: all that was asked for; `stopped`: somebody wanted the SAE as it was."""
 
@@ -31,6 +33,8 @@ class Recipe:
     """Upper bound of the norm of the gradient, of the loss summed over a row's dimensions; `None`: none."""
     adam_eps: float = 1e-8
     """What Adam adds to the root of a gradient's mean square: it must be small beside gradients that were clipped."""
+    precision: Precision = "float32"
+    """What the operands of products of whole batches are rounded to; `auto`: bfloat16 where a GPU computes in it."""
     reinitialize_dead_every: int = 0
     """Epochs between re-initialisations of rarely active latents, none in the last ten epochs; 0: never."""
     training_rows: int | None = None

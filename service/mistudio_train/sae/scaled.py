@@ -14,7 +14,7 @@ from torch.nn import functional
 from .base import ACTIVE_ABOVE, SparseAutoencoder, StepOutput
 from .folded import FoldedSAE, plain
 from .largest import largest_of_rows
-from .sparse import Active, decode_at, encode_at
+from .sparse import Active, Everywhere, decode_at, encode_at
 
 LEAST_NORM = 1e-12
 DECODER_RATE = 2.0
@@ -141,11 +141,13 @@ class ScaledAutoencoder(SparseAutoencoder):
 
     def _pre(self, centred_BD: Tensor) -> Tensor:
         """The p of z - b_dec, in the same memory at every step: fresh memory of this size costs a fifth more."""
+        dtype = self.operands if centred_BD.dtype == torch.float32 else centred_BD.dtype
         rows, memory = len(centred_BD), self._pre_memory
-        as_before = memory is not None and (memory.dtype, memory.device) == (centred_BD.dtype, centred_BD.device)
+        as_before = memory is not None and (memory.dtype, memory.device) == (dtype, centred_BD.device)
         if memory is None or not as_before or len(memory) < rows:
-            memory = self._pre_memory = centred_BD.new_empty(rows, self.d_sae)
-        return torch.addmm(self.b_enc, centred_BD, self.W_enc.T, out=memory[:rows])
+            memory = self._pre_memory = centred_BD.new_empty(rows, self.d_sae, dtype=dtype)
+        bias_F, weight_FD = self.b_enc.to(dtype), self.W_enc.to(dtype)
+        return torch.addmm(bias_F, centred_BD.to(dtype), weight_FD.T, out=memory[:rows])
 
     def values_at(self, active: Active, pre_BF: Tensor, centred_BD: Tensor) -> Tensor:
         """The p at the active places, with gradients of b_dec and of the encoder."""
@@ -172,19 +174,21 @@ class ScaledAutoencoder(SparseAutoencoder):
         if not residual_BD.is_cuda and not bool(dead_F.any()):
             return residual_BD.new_zeros(())
         with torch.no_grad():
-            active = Active.same_number(self._largest_dead(pre_BF, dead_F), self.d_sae)
-            is_dead_N = dead_F[active.latents_N]
-        values_N = self.values_at(active, pre_BF, centred_BD).relu() * is_dead_N
+            active, taken = self._largest_dead(pre_BF, dead_F)
+        values_N = self.values_at(active, pre_BF, centred_BD).relu() * taken
         error = (decode_at(active, values_N, self.W_dec) - residual_BD).square().sum()
         energy = residual_BD.square().sum().clamp_min(torch.finfo(residual_BD.dtype).tiny)
         return self.aux_k_coeff * (dead_F.sum() / self.k_aux).clamp_max(1) * error / energy
 
-    def _largest_dead(self, pre_BF: Tensor, dead_F: Tensor) -> Tensor:
-        """At most k_aux latents a row, [B, K]; where a GPU would have to wait for their number, some are not dead."""
+    def _largest_dead(self, pre_BF: Tensor, dead_F: Tensor) -> tuple[Active, Tensor | float]:
+        """At most k_aux latents a row; where a GPU would have to wait for their number, all, and 1 for those."""
         if pre_BF.is_cuda:
-            return largest_of_rows(pre_BF.masked_fill(~dead_F, -torch.inf), self.k_aux)
+            of_dead_BF = pre_BF.masked_fill(~dead_F, -torch.inf)
+            least_B = of_dead_BF.topk(self.k_aux, dim=1, sorted=False).values.amin(1, keepdim=True).clamp_min(0)
+            return Everywhere(*pre_BF.shape), (of_dead_BF >= least_B).to(pre_BF.dtype)
         dead_latents = dead_F.nonzero().squeeze(1)
-        return dead_latents[largest_of_rows(pre_BF[:, dead_latents], min(self.k_aux, len(dead_latents)))]
+        chosen_BK = dead_latents[largest_of_rows(pre_BF[:, dead_latents], min(self.k_aux, len(dead_latents)))]
+        return Active.same_number(chosen_BK, self.d_sae), 1.0
 
 
 def geometric_median(rows_ND: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from . import kernels
+
 with warnings.catch_warnings():  # PyTorch says once, at the first such matrix, that the format is in beta state
     warnings.simplefilter("ignore")
     torch.eye(1).to_sparse_csr()
@@ -19,6 +21,8 @@ with warnings.catch_warnings():  # PyTorch says once, at the first such matrix, 
 INT16_LATENTS = 2**15
 DENSE_ABOVE = 1 / 8
 """Share of the places: an operation on one of them costs about eight times one of a dense product."""
+DENSE_ABOVE_ON_GPU = 1 / 64
+"""There, as tensor cores compute dense products."""
 
 
 def keep_largest(acts_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -45,8 +49,8 @@ class Active:
     """The places of the active latents in a matrix [B, d_sae], row after row; N of them in all.
 
     Values at these places are a vector [N]. Products with such a matrix S and its transpose cost 2·N·d_in operations,
-    where dense ones cost 2·B·d_sae·d_in. On a CPU they are Intel MKL's; elsewhere S is made dense, which is right and
-    not fast.
+    where dense ones cost 2·B·d_sae·d_in. On a CPU they are Intel MKL's, on a GPU `kernels`; where there are neither, S
+    is made dense, which is right and not fast.
     """
 
     def __init__(self, row_starts: Tensor, latents_N: Tensor, d_sae: int) -> None:
@@ -80,11 +84,28 @@ class Active:
             counts_B, output_size=len(self.latents_N)
         )
 
-    def only(self, which_N: Tensor) -> tuple["Active", Tensor]:
-        """Some of the places, as a pattern of their own, and their numbers among all."""
-        before = torch.cat([which_N.new_zeros(1, dtype=torch.int32), which_N.cumsum(0, dtype=torch.int32)])
-        numbers = which_N.nonzero().squeeze(1)
-        return Active(before[self.row_starts], self.latents_N[numbers], self.d_sae), numbers
+    def split(self, group_N: Tensor, groups: int) -> tuple["Active", Tensor]:
+        """As many such matrices below one another, each with the places of its group alone.
+
+        Args:
+            group_N: the group of each place, from 0.
+            groups: how many there are.
+
+        Returns:
+            The places of the matrix [groups · B, d_sae], and their numbers among these.
+
+        """
+        order_N = group_N.to(torch.int16).argsort(stable=True)
+        rows_N = (group_N * self.rows + self.row_of_place)[order_N]
+        every_row = torch.arange(groups * self.rows + 1, device=rows_N.device)
+        row_starts = torch.searchsorted(rows_N, every_row, out_int32=True)
+        return Active(row_starts, self.latents_N[order_N], self.d_sae), order_N
+
+    def scores(self, pre_BF: Tensor, centred_BD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
+        """The values of `pre_BF` = centred @ weightᵀ + bias at the places, anew where that matrix is a rounded one."""
+        if pre_BF.dtype == weight_FD.dtype:
+            return self.pick(pre_BF)
+        return self.products(centred_BD, weight_FD).add_(self.per_place(bias_F))
 
     def pick(self, matrix_BF: Tensor) -> Tensor:
         """The values of a dense matrix at the places: [N]."""
@@ -97,6 +118,8 @@ class Active:
 
     def sum_by_latent(self, values_N: Tensor) -> Tensor:
         """S's sum over rows: [d_sae]."""
+        if self._on_gpu(values_N):  # where adding at indices happens in any order
+            return self.transpose_times(values_N, values_N.new_ones(self.rows, 1)).squeeze(1)
         return values_N.new_zeros(self.d_sae).index_add_(0, self.latents_N, values_N)
 
     def dense(self, values_N: Tensor) -> Tensor:
@@ -107,30 +130,40 @@ class Active:
 
     def times(self, values_N: Tensor, weight_FD: Tensor) -> Tensor:
         """S @ weight: [B, d_in]."""
-        if not self._by_mkl(values_N):
-            return self.dense(values_N) @ weight_FD
-        return torch.mm(self._csr(values_N), weight_FD)
+        if self._on_gpu(values_N):
+            return kernels.times(self.row_starts, self.latents_N, values_N, weight_FD)
+        if self._by_mkl(values_N):
+            return torch.mm(self._csr(values_N), weight_FD)
+        return self.dense(values_N) @ weight_FD
 
     def transpose_times(self, values_N: Tensor, rows_BD: Tensor) -> Tensor:
         """Sᵀ @ rows: [d_sae, d_in]."""
-        if not self._by_mkl(values_N):
+        if not (self._on_gpu(values_N) or self._by_mkl(values_N)):
             return self.dense(values_N).T @ rows_BD
         column_starts, rows_N, order_N = self._transposed
+        if values_N.is_cuda:
+            return kernels.times(column_starts, rows_N, values_N[order_N], rows_BD)
         shape = (self.d_sae, self.rows)
         transposed_FB = torch.sparse_csr_tensor(column_starts, rows_N, values_N[order_N], shape, check_invariants=False)
         return torch.mm(transposed_FB, rows_BD)
 
-    def products(self, rows_BD: Tensor, weight_FD: Tensor) -> Tensor:
-        """The matrix rows @ weightᵀ at the places only: [N]."""
-        if not self._by_mkl(rows_BD):
-            return self.pick(rows_BD @ weight_FD.T)
-        pattern = self._csr(rows_BD.new_zeros(len(self.latents_N)))
-        sampled: Tensor = torch.sparse.sampled_addmm(pattern, rows_BD, weight_FD.T, beta=0.0)
-        return sampled.values()
+    def products(self, rows_BD: Tensor, weight_FD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """The matrix rows @ weightᵀ at the places only: [N]; the type is what a matrix of all places would have."""
+        if self._on_gpu(rows_BD):
+            return kernels.products(self.row_starts, self.latents_N, rows_BD, weight_FD)
+        if self._by_mkl(rows_BD):
+            pattern = self._csr(rows_BD.new_zeros(len(self.latents_N)))
+            sampled: Tensor = torch.sparse.sampled_addmm(pattern, rows_BD, weight_FD.T, beta=0.0)
+            return sampled.values()
+        return self.pick(rows_BD @ weight_FD.T)
 
     def per_place(self, per_latent_F: Tensor) -> Tensor:
         """A number of each latent at its places."""
         return per_latent_F[self.latents_N]
+
+    @staticmethod
+    def _on_gpu(tensor: Tensor) -> bool:
+        return tensor.is_cuda and tensor.dtype == torch.float32 and kernels.AVAILABLE
 
     @staticmethod
     def _by_mkl(tensor: Tensor) -> bool:
@@ -148,14 +181,21 @@ class Active:
     def _transposed(self) -> tuple[Tensor, Tensor, Tensor]:
         """Starts of the latents int32 [d_sae + 1], row of each place by latent int32, and the order of the places."""
         narrow_N = self.latents_N.to(torch.int16 if self.d_sae <= INT16_LATENTS else torch.int32)
-        order_N = torch.argsort(narrow_N, stable=True)
+        sorted_N, order_N = torch.sort(narrow_N, stable=True)
         starts = torch.zeros(self.d_sae + 1, dtype=torch.int32, device=order_N.device)
-        starts[1:] = torch.bincount(self.latents_N, minlength=self.d_sae).cumsum(0)
+        if order_N.is_cuda:  # which would be waited for, to know how many counts there are
+            every_latent = torch.arange(1, self.d_sae + 1, device=order_N.device)
+            starts[1:] = torch.searchsorted(sorted_N.int(), every_latent.int(), out_int32=True)
+        else:
+            starts[1:] = torch.bincount(self.latents_N, minlength=self.d_sae).cumsum(0)
         return starts, self.row_of_place[order_N].int(), order_N
 
 
 class Everywhere(Active):
-    """All places, where so many are active that dense products are faster: values are the matrix itself."""
+    """All places, where so many are active that dense products are faster: values are the matrix itself.
+
+    Values may be of a narrower type than the weights: then the other operand is rounded to it, and sums are fp32.
+    """
 
     def __init__(self, rows: int, d_sae: int) -> None:
         self.d_sae, self._rows = d_sae, rows
@@ -169,13 +209,17 @@ class Everywhere(Active):
         """The matrix."""
         return matrix_BF.view_as(matrix_BF)
 
+    def scores(self, pre_BF: Tensor, centred_BD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
+        """The matrix as it is."""
+        return self.pick(pre_BF)
+
     def count_by_latent(self, which_BF: Tensor) -> Tensor:
         """On how many rows a condition holds for each latent: int64 [d_sae]."""
         return which_BF.sum(0, dtype=torch.int32).long()  # three times as fast as with int64
 
     def sum_by_latent(self, values_BF: Tensor) -> Tensor:
         """The matrix' sum over rows: [d_sae]."""
-        return values_BF.sum(0)
+        return values_BF.sum(0, dtype=_of_sums(values_BF))
 
     def dense(self, values_BF: Tensor) -> Tensor:
         """The matrix."""
@@ -183,15 +227,16 @@ class Everywhere(Active):
 
     def times(self, values_BF: Tensor, weight_FD: Tensor) -> Tensor:
         """A dense product: [B, d_in]."""
-        return values_BF @ weight_FD
+        return _summed_wide(values_BF, weight_FD)
 
     def transpose_times(self, values_BF: Tensor, rows_BD: Tensor) -> Tensor:
         """A dense product: [d_sae, d_in]."""
-        return values_BF.T @ rows_BD
+        return _summed_wide(values_BF.T, rows_BD)
 
-    def products(self, rows_BD: Tensor, weight_FD: Tensor) -> Tensor:
-        """A dense product: [B, d_sae]."""
-        return rows_BD @ weight_FD.T
+    def products(self, rows_BD: Tensor, weight_FD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A dense product of that type, or the weight's: [B, d_sae]."""
+        dtype = dtype or weight_FD.dtype
+        return rows_BD.to(dtype) @ weight_FD.to(dtype).T
 
     def per_place(self, per_latent_F: Tensor) -> Tensor:
         """A number of each latent on every row."""
@@ -205,10 +250,25 @@ def active_where(which_BF: Tensor) -> Active:
     return Active.at(which_BF.flatten().nonzero().squeeze(1), *which_BF.shape)
 
 
+def _of_sums(tensor: Tensor) -> torch.dtype:
+    """At least fp32."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _summed_wide(narrow: Tensor, other: Tensor) -> Tensor:
+    """The product narrow @ other, both operands in the first one's type, the sums at least fp32."""
+    other = other.to(narrow.dtype)
+    if _of_sums(narrow) == narrow.dtype:
+        return narrow @ other
+    if narrow.is_cuda:
+        return torch.mm(narrow, other, out_dtype=torch.float32)
+    return (narrow @ other).float()
+
+
 def encode_at(
     active: Active, pre_BF: Tensor, centred_BD: Tensor, centre_D: Tensor, weight_FD: Tensor, bias_F: Tensor
 ) -> Tensor:
-    """The active ones of `pre_BF` = centred @ weightᵀ + bias: [N]; the product has been computed already.
+    """The active ones of `pre_BF` = centred @ weightᵀ + bias: [N]; the product is there already, maybe rounded.
 
     With gradients of the weight, of the bias, and of the centre that was subtracted from rows to give `centred_BD`.
     """
@@ -235,7 +295,7 @@ class _EncodeAt(torch.autograd.Function):
     ) -> Tensor:
         ctx.active = active
         ctx.save_for_backward(centred_BD, weight_FD)
-        return active.pick(pre_BF)
+        return active.scores(pre_BF, centred_BD, weight_FD, bias_F)
 
     @staticmethod
     @once_differentiable
@@ -259,4 +319,4 @@ class _DecodeAt(torch.autograd.Function):
         values_N, weight_FD = ctx.saved_tensors
         slope_BD = slope_BD.contiguous()
         weight_slope_FD = ctx.active.transpose_times(values_N, slope_BD) if ctx.needs_input_grad[2] else None
-        return None, ctx.active.products(slope_BD, weight_FD), weight_slope_FD
+        return None, ctx.active.products(slope_BD, weight_FD, values_N.dtype), weight_slope_FD

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from .base import RARE_BELOW, SparseAutoencoder, StepInput
-from .figures import Divergence, EpochFigures, StepFigures, Sums, diverged
-from .recipe import EarlyStopping, Recipe
+from .figures import Divergence, EpochFigures, Late, StepFigures, Sums, diverged
+from .recipe import EarlyStopping, Precision, Recipe
+
+COUNT_DEAD_EVERY = 16
+"""Steps between two looks of a GPU whether any latent is dead: without, there is no auxiliary loss to be computed."""
 
 
 class Trainer:
@@ -30,6 +33,7 @@ class Trainer:
         self.recipe = recipe
         self.rows = rows
         self.device = torch.device(device)
+        self.sae.operands = _operands(recipe.precision, self.device)
         self.seed = seed
         self.total_steps = recipe.total_steps(rows)
         self.steps = 0
@@ -42,6 +46,9 @@ class Trainer:
         self.rate = 1.0
         """Share of the recipe's learning rate that is used."""
         self._divergence = Divergence(self.device)
+        self._late_dead = Late()
+        self._any_dead = True
+        """Unless seen otherwise on a GPU, some steps ago."""
         self._stopping = EarlyStopping(recipe)
         self._epoch_sums, self._recent_sums = Sums(self.device), Sums(self.device)
         self._active_rows_F = torch.zeros(sae.d_sae, dtype=torch.int64, device=self.device)
@@ -72,7 +79,7 @@ class Trainer:
         self._reinitialize()
         x_BD = x_BD.to(self.device, torch.float32, non_blocking=True)
         self._resample(x_BD)
-        output = self.sae.step(StepInput(x_BD, self.steps, self.total_steps, self._dead_latents()))
+        output = self.sae.step(StepInput(x_BD, self.steps, self.total_steps, self._dead_to_revive()))
         self._optimizer.zero_grad(set_to_none=True)
         output.loss.backward()  # type: ignore[no-untyped-call]
         self.sae.before_update()
@@ -215,6 +222,15 @@ class Trainer:
             return None
         return self._rows_since_active_F >= self.recipe.dead_after_rows
 
+    def _dead_to_revive(self) -> Tensor | None:
+        """Not where there are none, or a GPU's last look at them, some steps ago, has seen none."""
+        dead_F = self._dead_latents()
+        if dead_F is None or not dead_F.is_cuda:
+            return dead_F
+        if self.steps % COUNT_DEAD_EVERY == 0:
+            self._any_dead = self._late_dead.read(dead_F.sum()) != 0
+        return dead_F if self._any_dead else None
+
     def _count(self, active_rows_F: Tensor, rows: int) -> None:
         self._active_rows_F += active_rows_F
         self._rows_since_active_F += rows
@@ -237,6 +253,12 @@ class Trainer:
             for name in ("exp_avg", "exp_avg_sq"):
                 moments[name][which_F] = 0
         self._rows_since_active_F[which_F] = 0
+
+
+def _operands(precision: Precision, device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "float32"
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
 
 
 def _groups(sae: SparseAutoencoder) -> list[dict[str, Any]]:
