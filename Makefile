@@ -22,7 +22,7 @@ CREATE = "$(PYTHON)" -m venv $(VENV)
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
-.PHONY: help demo test test-containers test-chaos chaos chaos-points bench-queue bench-long-job bench-fuzz bench-outages bench-step check stack stack-down up down schemas
+.PHONY: help demo test test-gpu test-containers test-chaos chaos chaos-points bench-queue bench-long-job bench-fuzz bench-outages bench-step check stack stack-down up down schemas
 
 help: ## What there is
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -32,7 +32,7 @@ demo: $(DEMO) ## Train a sparse autoencoder on a real model, here, and look at i
 
 test: $(DEV) ## All tests that need no Docker engine, on a real Kafka and a real MinIO
 	$(BIN)/python -m mistudio_stack prepare
-	$(BIN)/python -m pytest -m "not containers and not chaos"
+	$(BIN)/python -m pytest -m "not containers and not chaos and not gpu"
 
 test-chaos: $(DEV) ## Deaths at every named moment once, frozen workers, servers that go away: a quarter of an hour
 	$(BIN)/python -m mistudio_stack prepare
@@ -44,6 +44,9 @@ test-containers: $(DEV) ## The tests that need a Docker engine
 chaos: $(DEV) ## Kill everything at random for MINUTES=30 (SEED=… repeats), and see that each job ends once
 	$(BIN)/python -m mistudio_stack prepare
 	$(BIN)/python -m tests.chaos --minutes $(or $(MINUTES),30) $(if $(SEED),--seed $(SEED))
+
+test-gpu: $(DEV) ## The tests that need a GPU
+	$(BIN)/python -m pytest -m gpu
 
 TIMES ?= 5
 chaos-points: $(DEV) ## Kill worker, child, broker and store at each named point, TIMES=5 times
@@ -78,6 +81,9 @@ bench-long-job: $(DEV) ## Run benchmarks/long_job.py; MINUTES=10 that the job ta
 
 bench-step: $(DEV) ## Run benchmarks/step.py: a training step, ours and SAELens', beside the dense floor
 	$(BIN)/python -m benchmarks.step
+
+bench-gpu: $(DEV) ## Run benchmarks/gpu.sh: all figures that need a GPU
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh benchmarks/gpu.sh benchmarks/results
 
 bench-fuzz: $(DEV) ## Run benchmarks/fuzz.py; MESSAGES=2000 that are sent
 	$(BIN)/python -m benchmarks.fuzz --messages $(or $(MESSAGES),2000)

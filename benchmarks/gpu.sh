@@ -2,6 +2,15 @@
 # All figures that need a GPU, into the folder that is named; the repository's packages and SAELens must be importable.
 set -u
 to=${1:?name a folder for the figures}
-run() { name=$1; shift; echo "== $name"; timeout "${LIMIT:-240}" python3 -m "$@" 2>&1 | tee "$to/$name.txt" | grep -v Warning; }
-run kernels benchmarks.kernels
-run step-768 benchmarks.step --device cuda --d 768 --batch 4096 --widths 16384 --profile --to "$to/step-768.json"
+run() {
+    name=$1
+    shift
+    echo "== $name"
+    timeout "${LIMIT:-240}" python3 -m "$@" > "$to/$name.txt" 2>&1
+    tail -n 24 "$to/$name.txt"
+}
+step="benchmarks.step --device cuda --batch 4096"
+run gpu-kernels benchmarks.kernels
+run gpu-step-768 $step --d 768 --widths 16384 65536 --profile --to "$to/gpu-step-768.json"
+run gpu-step-2048 $step --d 2048 --k 64 --widths 65536 --kinds topk batchtopk jumprelu l1 --profile --to "$to/gpu-step-2048.json"
+run gpu-step-4096 $step --d 4096 --k 64 --widths 131072 --kinds topk l1 --to "$to/gpu-step-4096.json"

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistudio_train.sae.sparse import Active, Everywhere, active_where, decode_at, encode_at
+from mistudio_train.sae.sparse import Active, Everywhere, active_above, decode_at, encode_at
 
 ROWS, D_IN, D_SAE = 6, 4, 9
 PATTERNS: dict[str, list[list[int]]] = {
@@ -18,8 +18,8 @@ PATTERNS: dict[str, list[list[int]]] = {
 @pytest.fixture(params=["MKL", "dense"], autouse=True)
 def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "dense":
-        monkeypatch.setattr(Active, "_by_mkl", staticmethod(lambda _: False))
-    elif not Active._by_mkl(torch.zeros(1)):
+        monkeypatch.setattr(Active, "_by_library", staticmethod(lambda _: False))
+    elif not Active._by_library(torch.zeros(1)):
         pytest.fail("this PyTorch has no MKL, so that its own way stays untested here")
 
 
@@ -76,11 +76,13 @@ def test_all_places_have_the_dense_matrix_as_their_values() -> None:
 
 
 def test_many_active_places_are_all_places() -> None:
-    few = torch.zeros(4, 16, dtype=torch.bool)
-    few[0, 3] = few[2, 5] = True
-    assert active_where(few).latents_N.tolist() == [3, 5]
-    assert isinstance(active_where(~few), Everywhere)
-    assert active_where(~few).rows == 4
+    few = torch.zeros(4, 16)
+    few[0, 3] = few[2, 5] = 1
+    few[2, 6] = torch.nan
+    assert active_above(few, 0.5).latents_N.tolist() == [3, 5, 6]
+    assert active_above(few, torch.arange(16) / 4).latents_N.tolist() == [3, 6]
+    assert isinstance(active_above(few, -1), Everywhere)
+    assert active_above(few, -1).rows == 4
 
 
 def test_places_in_the_flattened_matrix_are_understood(active: Active) -> None:

@@ -24,17 +24,20 @@ class StepInput:
 
     x_BD: Tensor  # noqa: N815
     """Rows of activations as extracted, unscaled, fp32."""
-    step: int
-    """Counts the steps made before this one."""
+    step: int | Tensor
+    """Counts the steps made before this one; on a GPU a number that stays there, as a step is recorded and repeated."""
     total_steps: int
     """Steps of the whole run, if it is not ended early."""
     dead_F: Tensor | None = None  # noqa: N815
     """True for the latents that count as dead; `None` while none can be."""
 
-    def risen(self, share: float) -> float:
+    def risen(self, share: float) -> float | Tensor:
         """How far something has come that rises from 0 to 1 over the first `share` of the steps."""
         steps = round(share * self.total_steps)
-        return min(1.0, (self.step + 1) / steps) if steps else 1.0
+        if not steps:
+            return 1.0
+        risen = (self.step + 1) / steps
+        return risen.clamp_max(1.0) if isinstance(risen, Tensor) else min(1.0, risen)
 
 
 @dataclass(frozen=True, eq=False)

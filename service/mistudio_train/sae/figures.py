@@ -64,12 +64,12 @@ class Sums:
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self.rows = 0
+        """What the sums are divided by: whoever adds counts them here, too."""
 
     def add(self, output: StepOutput, rows: int) -> None:
-        """Count one step over so many rows."""
+        """Add what a step over so many rows says."""
         scalars = torch.stack((output.loss, output.reconstruction_loss, output.sparsity_loss, output.l0))
         self._sums.add_(scalars.detach().double(), alpha=rows)
-        self.rows += rows
 
     def means(self, step: int) -> dict[str, float]:
         """The four means by their names, at least one step having been counted.
@@ -135,13 +135,16 @@ class Divergence:
         self._first: float | None = None
         self._late = Late()
 
-    def add(self, output: StepOutput, steps: int) -> None:
-        """Count a step, with which `steps` are made.
+    def add(self, output: StepOutput) -> None:
+        """Add what a step says."""
+        self._sum += output.reconstruction_loss.detach()
+
+    def look(self, steps: int) -> None:
+        """After so many steps, each of which was added.
 
         Raises:
             TrainingDiverged: saying by which step.
         """
-        self._sum += output.reconstruction_loss.detach()
         if steps % self.EVERY:
             return
         mean = self._late.read(self._sum / self.EVERY)

@@ -11,7 +11,7 @@ from .base import StepInput, StepOutput
 from .folded import FoldedSAE, plain
 from .gates import gate
 from .scaled import ScaledAutoencoder, ScaledOptions
-from .sparse import active_where, decode_at
+from .sparse import active_above, decode_at
 
 
 class GatedAutoencoder(ScaledAutoencoder):
@@ -56,7 +56,7 @@ class GatedAutoencoder(ScaledAutoencoder):
         with torch.no_grad():
             centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
-            active = active_where(~(pre_BF <= 0))  # with what is no number, so that the loss shows it
+            active = active_above(pre_BF, 0)
         values_N = self.values_at(active, pre_BF, centred_BD)
         gain_F = self.r_mag.exp()
         gate_N, acts_N = gate(active, values_N, gain_F, self.b_mag - gain_F * self.b_enc)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .kernels import fused
 from .sparse import Active
 
 
@@ -30,24 +31,52 @@ def gate(active: Active, values: Tensor, gain_F: Tensor, offset_F: Tensor) -> tu
     return found
 
 
+@fused
+def _opened(values: Tensor, gain: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    magnitude = torch.addcmul(offset, gain, values)
+    shown = (magnitude > 0).to(values.dtype).mul_((values > 0).to(values.dtype))
+    return values.relu(), magnitude.mul_(shown).to(values.dtype)
+
+
+@fused
+def _opened_backward(
+    values: Tensor, slope_of_gate: Tensor, slope: Tensor, gain: Tensor, offset: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    is_open = (values > 0).to(values.dtype)
+    shown = (torch.addcmul(offset, gain, values) > 0).to(values.dtype).mul_(is_open)
+    slope = slope * shown
+    return torch.addcmul(slope_of_gate * is_open, slope, gain).to(values.dtype), slope, slope * values
+
+
 class _Gate(Function):
     @staticmethod
     def forward(ctx: Any, active: Active, values: Tensor, gain_F: Tensor, offset_F: Tensor) -> tuple[Tensor, Tensor]:
-        magnitude = torch.addcmul(active.per_place(offset_F), active.per_place(gain_F), values)
-        is_open = (values > 0).to(values.dtype)
-        shown = (magnitude > 0).to(values.dtype).mul_(is_open)
-        ctx.save_for_backward(values, is_open, shown, gain_F)
+        ctx.save_for_backward(values, gain_F, offset_F)
         ctx.active = active
-        return values.relu(), magnitude.mul_(shown).to(values.dtype)
+        return _opened(values, active.per_place(gain_F), active.per_place(offset_F))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope_of_gate: Tensor, slope: Tensor) -> tuple[Tensor | None, ...]:
-        values, is_open, shown, gain_F = ctx.saved_tensors
-        slope = slope * shown
-        gain_slope_F, offset_slope_F = ctx.active.sum_by_latent(slope * values), ctx.active.sum_by_latent(slope)
-        value_slope = torch.addcmul(slope_of_gate * is_open, slope, ctx.active.per_place(gain_F))
-        return None, value_slope, gain_slope_F, offset_slope_F
+        values, gain_F, offset_F = ctx.saved_tensors
+        gain, offset = ctx.active.per_place(gain_F), ctx.active.per_place(offset_F)
+        value_slope, offset_slope, gain_slope = _opened_backward(values, slope_of_gate, slope, gain, offset)
+        return None, value_slope, ctx.active.sum_by_latent(gain_slope), ctx.active.sum_by_latent(offset_slope)
+
+
+@fused
+def _jumped(values: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    above = (values > threshold).to(values.dtype)
+    return values * above, above.sum(dtype=threshold.dtype)
+
+
+@fused
+def _jumped_backward(
+    values: Tensor, slope: Tensor, threshold: Tensor, bandwidth: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    above = (values > threshold).to(values.dtype)
+    near = (values > threshold - bandwidth / 2) & (values < threshold + bandwidth / 2)
+    return slope * above, slope * near.to(slope.dtype), near
 
 
 class _JumpReLU(Function):
@@ -55,18 +84,16 @@ class _JumpReLU(Function):
     def forward(
         ctx: Any, active: Active, values: Tensor, threshold_F: Tensor, bandwidth: float
     ) -> tuple[Tensor, Tensor]:
-        threshold = active.per_place(threshold_F)
-        above = (values > threshold).to(values.dtype)
-        near = (values > threshold - bandwidth / 2) & (values < threshold + bandwidth / 2)
-        ctx.save_for_backward(above, near, threshold_F)
+        ctx.save_for_backward(values, threshold_F)
         ctx.active, ctx.bandwidth = active, bandwidth
-        return values * above, above.sum(dtype=threshold_F.dtype)
+        return _jumped(values, active.per_place(threshold_F))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope: Tensor, slope_of_number: Tensor) -> tuple[Tensor | None, ...]:
-        above, near, threshold_F = ctx.saved_tensors
-        near_slope_F = ctx.active.sum_by_latent(slope * near.to(slope.dtype))
-        near_F = ctx.active.count_by_latent(near)
+        values, threshold_F = ctx.saved_tensors
+        threshold = ctx.active.per_place(threshold_F)
+        value_slope, near_slope, near = _jumped_backward(values, slope, threshold, ctx.bandwidth)
+        near_slope_F, near_F = ctx.active.sum_by_latent(near_slope), ctx.active.count_by_latent(near)
         threshold_slope_F = -(threshold_F * near_slope_F + slope_of_number * near_F) / ctx.bandwidth
-        return None, slope * above, threshold_slope_F, None
+        return None, value_slope, threshold_slope_F, None

@@ -11,7 +11,7 @@ from .base import ACTIVE_ABOVE, StepInput, StepOutput
 from .folded import FoldedSAE, plain
 from .gates import jump_relu
 from .scaled import ScaledAutoencoder, ScaledOptions
-from .sparse import active_where, decode_at
+from .sparse import active_above, decode_at
 
 TANH_SCALE = 4.0
 """Of the activations within the penalty's tanh (Conerly et al. 2025, "Dictionary Learning Optimization Techniques")."""
@@ -75,7 +75,7 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
         with torch.no_grad():
             centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
-            active = active_where(~(pre_BF <= self.threshold - self.bandwidth / 2))  # with what is no number
+            active = active_above(pre_BF, self.threshold - self.bandwidth / 2)
         values_N = self.values_at(active, pre_BF, centred_BD)
         acts_N, number = jump_relu(active, values_N, self.threshold, self.bandwidth)
         l0 = number / len(z_BD)
@@ -88,7 +88,7 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
             reconstruction_loss=reconstruction_loss,
             sparsity_loss=sparsity_loss,
             l0=l0.detach(),
-            active_rows_F=active.count_by_latent(acts_N.detach() > ACTIVE_ABOVE),
+            active_rows_F=active.count_above(acts_N.detach(), ACTIVE_ABOVE),
         )
 
     def encode(self, x_BD: Tensor) -> Tensor:

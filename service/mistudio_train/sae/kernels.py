@@ -1,21 +1,51 @@
-"""Products with a sparse matrix on a GPU, in Triton: fp32, each row's or latent's sum in an order of its own.
+"""Work on a GPU in few kernels: products with a sparse matrix, in Triton, and functions of matrices, compiled.
 
-Owns the kernels; which places are active, and gradients, are `sparse`'s. Without Triton nothing here may be called.
+Products are fp32, each row's or latent's sum in an order of its own. Owns the kernels; which places are active, and
+gradients, are `sparse`'s. Where they are not `AVAILABLE` no product here may be called.
 """
 
+import os
+import shutil
+from collections.abc import Callable
+from functools import cache, wraps
 from importlib.util import find_spec
-from typing import Any, Final
+from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-AVAILABLE: Final = find_spec("triton") is not None
+COMPILERS: Final = ("cc", "gcc", "clang")
+AVAILABLE: Final = find_spec("triton") is not None and (
+    "CC" in os.environ or any(map(shutil.which, COMPILERS))  # which Triton builds its launchers with
+)
 PLACES_AT_ONCE: Final = 8
 """Rows of the dense matrix that are on their way to a program at a time."""
 WIDTH_AT_ONCE: Final = 512
 """Numbers of each of them."""
 
-if AVAILABLE:
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def fused(function: Callable[P, R]) -> Callable[P, R]:
+    """On a GPU compiled by PyTorch, at its first use, so that matrices are read and written once; elsewhere as it is.
+
+    `function` is of tensors and plain numbers alone, the first argument a tensor.
+    """
+
+    @cache
+    def compiled() -> Callable[P, R]:
+        return torch.compile(function, dynamic=False)  # which is imported only now, and takes its time
+
+    @wraps(function)
+    def chosen(*args: P.args, **kwargs: P.kwargs) -> R:
+        on_gpu = AVAILABLE and isinstance(args[0], Tensor) and args[0].is_cuda
+        return (compiled() if on_gpu else function)(*args, **kwargs)
+
+    return chosen
+
+
+if find_spec("triton"):
     import triton
     import triton.language as tl
 

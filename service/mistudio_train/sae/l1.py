@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from .base import StepInput, StepOutput
 from .scaled import ScaledAutoencoder, ScaledOptions
-from .sparse import active_where, decode_at
+from .sparse import active_above, decode_at
 
 
 class L1Autoencoder(ScaledAutoencoder):
@@ -46,7 +46,7 @@ class L1Autoencoder(ScaledAutoencoder):
         with torch.no_grad():
             centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
-            active = active_where(~(pre_BF <= 0))  # with what is no number, so that the loss shows it
+            active = active_above(pre_BF, 0)
         acts_N = self.values_at(active, pre_BF, centred_BD).relu()
         z_hat_BD = decode_at(active, acts_N, self.W_dec) + self.b_dec
         reconstruction_loss = functional.mse_loss(z_hat_BD, z_BD)

@@ -22,6 +22,7 @@ class MatryoshkaAutoencoder(BatchTopKAutoencoder):
     """
 
     kind: ClassVar[str] = "matryoshka"
+    _ends: Tensor
 
     def __init__(
         self,
@@ -37,12 +38,12 @@ class MatryoshkaAutoencoder(BatchTopKAutoencoder):
         """`prefixes`: m_1 … m_G, ascending, the last one `d_sae`."""
         super().__init__(d_in, d_sae, options, k=k, threshold_rate=threshold_rate, generator=generator)
         self.prefixes = tuple(prefixes)
+        self.register_buffer("_ends", torch.tensor(self.prefixes[:-1]), persistent=False)
 
     def reconstruction_loss(self, active: Active, values_N: Tensor, z_BD: Tensor) -> tuple[Tensor, Tensor]:
         """The mean over prefixes, and the whole reconstruction."""
         groups = len(self.prefixes)
-        ends = torch.tensor(self.prefixes[:-1], device=z_BD.device)
-        apart, order_N = active.split(torch.bucketize(active.latents_N, ends, right=True), groups)
+        apart, order_N = active.split(torch.bucketize(active.latents_N, self._ends, right=True), groups)
         of_groups_GBD = decode_at(apart, values_N[order_N], self.W_dec).view(groups, *z_BD.shape)
         z_hats_GBD = of_groups_GBD.cumsum(0) + self.b_dec
         return functional.mse_loss(z_hats_GBD, z_BD.expand_as(z_hats_GBD)), z_hats_GBD[-1]

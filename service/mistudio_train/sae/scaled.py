@@ -142,11 +142,13 @@ class ScaledAutoencoder(SparseAutoencoder):
     def _pre(self, centred_BD: Tensor) -> Tensor:
         """The p of z - b_dec, in the same memory at every step: fresh memory of this size costs a fifth more."""
         dtype = self.operands if centred_BD.dtype == torch.float32 else centred_BD.dtype
+        bias_F, weight_FD = self.b_enc.to(dtype), self.W_enc.to(dtype)
+        if centred_BD.is_cuda:  # whose allocator keeps it
+            return torch.addmm(bias_F, centred_BD.to(dtype), weight_FD.T)
         rows, memory = len(centred_BD), self._pre_memory
         as_before = memory is not None and (memory.dtype, memory.device) == (dtype, centred_BD.device)
         if memory is None or not as_before or len(memory) < rows:
             memory = self._pre_memory = centred_BD.new_empty(rows, self.d_sae, dtype=dtype)
-        bias_F, weight_FD = self.b_enc.to(dtype), self.W_enc.to(dtype)
         return torch.addmm(bias_F, centred_BD.to(dtype), weight_FD.T, out=memory[:rows])
 
     def values_at(self, active: Active, pre_BF: Tensor, centred_BD: Tensor) -> Tensor:
@@ -157,13 +159,13 @@ class ScaledAutoencoder(SparseAutoencoder):
         self, active: Active, acts_N: Tensor, rows: int, reconstruction_loss: Tensor, sparsity_loss: Tensor
     ) -> StepOutput:
         """What a step says whose activations h at the active places are `acts_N`."""
-        is_active_N = acts_N.detach() > ACTIVE_ABOVE
+        active_rows_F = active.count_above(acts_N.detach(), ACTIVE_ABOVE)
         return StepOutput(
             loss=reconstruction_loss + sparsity_loss,
             reconstruction_loss=reconstruction_loss,
             sparsity_loss=sparsity_loss,
-            l0=is_active_N.sum() / rows,
-            active_rows_F=active.count_by_latent(is_active_N),
+            l0=active_rows_F.sum() / rows,
+            active_rows_F=active_rows_F,
         )
 
     def aux_k_loss(self, pre_BF: Tensor, centred_BD: Tensor, residual_BD: Tensor, dead_F: Tensor | None) -> Tensor:

@@ -21,8 +21,6 @@ with warnings.catch_warnings():  # PyTorch says once, at the first such matrix, 
 INT16_LATENTS = 2**15
 DENSE_ABOVE = 1 / 8
 """Share of the places: an operation on one of them costs about eight times one of a dense product."""
-DENSE_ABOVE_ON_GPU = 1 / 64
-"""There, as tensor cores compute dense products."""
 
 
 def keep_largest(acts_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -49,8 +47,8 @@ class Active:
     """The places of the active latents in a matrix [B, d_sae], row after row; N of them in all.
 
     Values at these places are a vector [N]. Products with such a matrix S and its transpose cost 2·N·d_in operations,
-    where dense ones cost 2·B·d_sae·d_in. On a CPU they are Intel MKL's, on a GPU `kernels`; where there are neither, S
-    is made dense, which is right and not fast.
+    where dense ones cost 2·B·d_sae·d_in. On a CPU they are Intel MKL's, on a GPU `kernels` or, where these cannot be
+    built, cuSPARSE's, nearly as fast; with neither S is made dense, which is right and not fast.
     """
 
     def __init__(self, row_starts: Tensor, latents_N: Tensor, d_sae: int) -> None:
@@ -116,9 +114,13 @@ class Active:
         counts_F = torch.zeros(self.d_sae, dtype=torch.int64, device=which_N.device)
         return counts_F.index_add_(0, self.latents_N, which_N.long())
 
+    def count_above(self, values_N: Tensor, floor: float) -> Tensor:
+        """On how many rows each latent's value is above a number that is not negative: int64 [d_sae]."""
+        return self.count_by_latent(values_N > floor)
+
     def sum_by_latent(self, values_N: Tensor) -> Tensor:
         """S's sum over rows: [d_sae]."""
-        if self._on_gpu(values_N):  # where adding at indices happens in any order
+        if self._by_kernels(values_N):  # where adding at indices happens in any order
             return self.transpose_times(values_N, values_N.new_ones(self.rows, 1)).squeeze(1)
         return values_N.new_zeros(self.d_sae).index_add_(0, self.latents_N, values_N)
 
@@ -130,18 +132,19 @@ class Active:
 
     def times(self, values_N: Tensor, weight_FD: Tensor) -> Tensor:
         """S @ weight: [B, d_in]."""
-        if self._on_gpu(values_N):
+        if self._by_kernels(values_N):
             return kernels.times(self.row_starts, self.latents_N, values_N, weight_FD)
-        if self._by_mkl(values_N):
+        if self._by_library(values_N):
             return torch.mm(self._csr(values_N), weight_FD)
         return self.dense(values_N) @ weight_FD
 
     def transpose_times(self, values_N: Tensor, rows_BD: Tensor) -> Tensor:
         """Sᵀ @ rows: [d_sae, d_in]."""
-        if not (self._on_gpu(values_N) or self._by_mkl(values_N)):
+        by_kernels = self._by_kernels(values_N)
+        if not (by_kernels or self._by_library(values_N)):
             return self.dense(values_N).T @ rows_BD
         column_starts, rows_N, order_N = self._transposed
-        if values_N.is_cuda:
+        if by_kernels:
             return kernels.times(column_starts, rows_N, values_N[order_N], rows_BD)
         shape = (self.d_sae, self.rows)
         transposed_FB = torch.sparse_csr_tensor(column_starts, rows_N, values_N[order_N], shape, check_invariants=False)
@@ -149,9 +152,9 @@ class Active:
 
     def products(self, rows_BD: Tensor, weight_FD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """The matrix rows @ weightᵀ at the places only: [N]; the type is what a matrix of all places would have."""
-        if self._on_gpu(rows_BD):
+        if self._by_kernels(rows_BD):
             return kernels.products(self.row_starts, self.latents_N, rows_BD, weight_FD)
-        if self._by_mkl(rows_BD):
+        if self._by_library(rows_BD):
             pattern = self._csr(rows_BD.new_zeros(len(self.latents_N)))
             sampled: Tensor = torch.sparse.sampled_addmm(pattern, rows_BD, weight_FD.T, beta=0.0)
             return sampled.values()
@@ -162,12 +165,12 @@ class Active:
         return per_latent_F[self.latents_N]
 
     @staticmethod
-    def _on_gpu(tensor: Tensor) -> bool:
+    def _by_kernels(tensor: Tensor) -> bool:
         return tensor.is_cuda and tensor.dtype == torch.float32 and kernels.AVAILABLE
 
     @staticmethod
-    def _by_mkl(tensor: Tensor) -> bool:
-        return tensor.device.type == "cpu" and torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    def _by_library(tensor: Tensor) -> bool:
+        return tensor.is_cuda or torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
 
     def _csr(self, values_N: Tensor) -> Tensor:
         shape = (self.rows, self.d_sae)
@@ -217,6 +220,10 @@ class Everywhere(Active):
         """On how many rows a condition holds for each latent: int64 [d_sae]."""
         return which_BF.sum(0, dtype=torch.int32).long()  # three times as fast as with int64
 
+    def count_above(self, values_BF: Tensor, floor: float) -> Tensor:
+        """On how many rows each latent's value is above a number: int64 [d_sae]."""
+        return _count_above(values_BF, floor)
+
     def sum_by_latent(self, values_BF: Tensor) -> Tensor:
         """The matrix' sum over rows: [d_sae]."""
         return values_BF.sum(0, dtype=_of_sums(values_BF))
@@ -243,11 +250,22 @@ class Everywhere(Active):
         return per_latent_F.expand(self.rows, self.d_sae)
 
 
-def active_where(which_BF: Tensor) -> Active:
-    """The places where a condition holds; where these are many, all places, so that values must still be masked."""
-    if which_BF.is_cuda or int(which_BF.count_nonzero()) > DENSE_ABOVE * which_BF.numel():
+def active_above(matrix_BF: Tensor, floor: Tensor | float) -> Active:
+    """The places above a number, or one for each latent, and those that are no number, so that the loss shows them.
+
+    Where these are many, and on a GPU, which would have to be waited for, all places: values must still be masked.
+    """
+    if matrix_BF.is_cuda:
+        return Everywhere(*matrix_BF.shape)
+    which_BF = ~(matrix_BF <= floor)
+    if int(which_BF.count_nonzero()) > DENSE_ABOVE * which_BF.numel():
         return Everywhere(*which_BF.shape)
     return Active.at(which_BF.flatten().nonzero().squeeze(1), *which_BF.shape)
+
+
+@kernels.fused
+def _count_above(values_BF: Tensor, floor: float) -> Tensor:
+    return (values_BF > floor).sum(0, dtype=torch.int32).long()
 
 
 def _of_sums(tensor: Tensor) -> torch.dtype:

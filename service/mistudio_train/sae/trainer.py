@@ -12,6 +12,7 @@ from torch import Tensor
 from .base import RARE_BELOW, SparseAutoencoder, StepInput
 from .figures import Divergence, EpochFigures, Late, StepFigures, Sums, diverged
 from .recipe import EarlyStopping, Precision, Recipe
+from .replay import Replay, Update
 
 COUNT_DEAD_EVERY = 16
 """Steps between two looks of a GPU whether any latent is dead: without, there is no auxiliary loss to be computed."""
@@ -41,7 +42,12 @@ class Trainer:
         self.epoch = 0
         """The epoch in progress, from 0; the number of epochs made."""
         self._parameters = list(sae.parameters())
-        self._optimizer = torch.optim.Adam(_groups(sae), lr=recipe.learning_rate, eps=recipe.adam_eps, fused=True)
+        on_gpu = self.device.type == "cuda"
+        self._optimizer = torch.optim.Adam(
+            _groups(sae), lr=recipe.learning_rate, eps=recipe.adam_eps, fused=True, capturable=on_gpu
+        )
+        self._step_now: Tensor | None = torch.zeros((), device=self.device) if on_gpu else None
+        self._replay: Update = Replay(self._update) if on_gpu else self._update
         self._generator = torch.Generator().manual_seed(_derived_seed(seed))
         self.rate = 1.0
         """Share of the recipe's learning rate that is used."""
@@ -79,21 +85,29 @@ class Trainer:
         self._reinitialize()
         x_BD = x_BD.to(self.device, torch.float32, non_blocking=True)
         self._resample(x_BD)
-        output = self.sae.step(StepInput(x_BD, self.steps, self.total_steps, self._dead_to_revive()))
+        self._set_rates()
+        self._replay(x_BD, self._revives())
+        for sums in (self._epoch_sums, self._recent_sums):
+            sums.rows += len(x_BD)
+        self.steps += 1
+        self._divergence.look(self.steps)
+
+    def _update(self, x_BD: Tensor, revives: bool) -> None:
+        """All of a step that a device does, and nothing else: on a GPU it is recorded and repeated."""
+        step = self.steps if self._step_now is None else self._step_now
+        dead_F = self._dead_latents() if revives else None
+        output = self.sae.step(StepInput(x_BD, step, self.total_steps, dead_F))
         self._optimizer.zero_grad(set_to_none=True)
         output.loss.backward()  # type: ignore[no-untyped-call]
         self.sae.before_update()
         if self.recipe.grad_clip is not None:  # which is of a sum over dimensions, and the loss is their mean
             torch.nn.utils.clip_grad_norm_(self._parameters, self.recipe.grad_clip / self.sae.d_in)
-        for group in self._optimizer.param_groups:
-            group["lr"] = group["rate"] * self.learning_rate_at(self.steps)
         self._optimizer.step()
         self.sae.after_update()
         self._count(output.active_rows_F, len(x_BD))
         self._epoch_sums.add(output, len(x_BD))
         self._recent_sums.add(output, len(x_BD))
-        self.steps += 1
-        self._divergence.add(output, self.steps)
+        self._divergence.add(output)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of a step counted from 0."""
@@ -203,7 +217,7 @@ class Trainer:
                 f"the checkpoint is of {state['rows']} rows and seed {state['seed']}, not {self.rows} and {self.seed}"
             )
         self.sae.load_state_dict(state["sae"])
-        self._optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         self.rate = state["rate"]
         self._divergence.load_state_dict(state["divergence"])
         self._stopping.load_state_dict(state["stopping"])
@@ -216,20 +230,38 @@ class Trainer:
         self._to_reinitialize_F = None if which_F is None else which_F.to(self.device)
         self.steps, self.epoch = state["steps"], state["epoch"]
 
-    def _dead_latents(self) -> Tensor | None:
-        rows_seen = self.epoch * self.rows + self.rows_done
-        if rows_seen < self.recipe.dead_after_rows:
-            return None
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state)
+        for group in self._optimizer.param_groups:  # as the device wants it, not the one that it was saved on
+            group["lr"], group["capturable"] = self.recipe.learning_rate, self.device.type == "cuda"
+        if isinstance(self._replay, Replay):
+            self._replay.forget()
+
+    def _set_rates(self) -> None:
+        """Of this step; on a GPU, and so with the step's number, in tensors that stay where they are."""
+        if self._step_now is not None:
+            self._step_now.fill_(self.steps)
+        for group in self._optimizer.param_groups:
+            rate = group["rate"] * self.learning_rate_at(self.steps)
+            if self._step_now is None:
+                group["lr"] = rate
+            elif isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = torch.full_like(self._step_now, rate)
+
+    def _dead_latents(self) -> Tensor:
         return self._rows_since_active_F >= self.recipe.dead_after_rows
 
-    def _dead_to_revive(self) -> Tensor | None:
-        """Not where there are none, or a GPU's last look at them, some steps ago, has seen none."""
-        dead_F = self._dead_latents()
-        if dead_F is None or not dead_F.is_cuda:
-            return dead_F
-        if self.steps % COUNT_DEAD_EVERY == 0:
-            self._any_dead = self._late_dead.read(dead_F.sum()) != 0
-        return dead_F if self._any_dead else None
+    @property
+    def _can_be_dead(self) -> bool:
+        return self.epoch * self.rows + self.rows_done >= self.recipe.dead_after_rows
+
+    def _revives(self) -> bool:
+        """Not while no latent can be dead, or a GPU's last look at them, some steps ago, has seen none that is."""
+        if self.device.type == "cuda" and self._can_be_dead and self.steps % COUNT_DEAD_EVERY == 0:
+            self._any_dead = self._late_dead.read(self._dead_latents().sum()) != 0
+        return self._can_be_dead and self._any_dead
 
     def _count(self, active_rows_F: Tensor, rows: int) -> None:
         self._active_rows_F += active_rows_F
@@ -243,8 +275,8 @@ class Trainer:
             self._begin_anew(which_F)
 
     def _resample(self, x_BD: Tensor) -> None:
-        if self.recipe.resamples_before(self.steps, self.total_steps) and (dead_F := self._dead_latents()) is not None:
-            self._begin_anew(self.sae.resample(dead_F, x_BD, self._generator))
+        if self._can_be_dead and self.recipe.resamples_before(self.steps, self.total_steps):
+            self._begin_anew(self.sae.resample(self._dead_latents(), x_BD, self._generator))
 
     def _begin_anew(self, which_F: Tensor) -> None:
         """Without the moments and the age of what these latents were."""

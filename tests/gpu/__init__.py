@@ -1,0 +1,1 @@
+"""What only a GPU can show; run by `make test-gpu`."""
