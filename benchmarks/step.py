@@ -47,6 +47,8 @@ BATCHES: Final = 8
 WARM_UP: Final = 3
 STEPS: Final = 4
 """That one measurement lasts."""
+SETTLED: Final = 40
+"""Steps after which a GPU repeats recordings, and knows whether latents are dead."""
 SHARES: Final = [1 / 32, 1 / 16, 1 / 8, 1 / 4]
 K_SPARSE: Final = ("topk", "batchtopk", "matryoshka")
 BY_THRESHOLD: Final = ("jumprelu", "gated", "l1")
@@ -191,7 +193,7 @@ def measure(case: Case, runs: int, device: torch.device, precision: Precision, *
     for run in range(runs + 1):
         for name, step in steps.items():
             with freed_memory_kept() if name == "ours" else nullcontext():  # as the worker trains
-                taken = _time(step, rows, WARM_UP if run == 0 else STEPS)
+                taken = _time(step, rows, STEPS if run else SETTLED if device.type == "cuda" else WARM_UP)
             if run:
                 times[name].append(taken)
     medians = {name: statistics.median(taken) for name, taken in times.items()}
@@ -203,7 +205,7 @@ def profiled(case: Case, device: torch.device, precision: Precision) -> str:
     """The operations of ours that take longest, by their own time."""
     rows = [torch.randn(case.batch, case.d, device=device) for _ in range(BATCHES)]
     step = our_step(case, rows, precision)
-    _time(step, rows, WARM_UP)
+    _time(step, rows, SETTLED)
     with torch.profiler.profile() as profile:
         _time(step, rows, STEPS)
     by = f"self_{'cuda' if device.type == 'cuda' else 'cpu'}_time_total"

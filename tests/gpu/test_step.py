@@ -17,7 +17,7 @@ from mistudio_train.sae.trainer import Trainer
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"
-D_IN, D_SAE, BATCH, STEPS = 64, 512, 128, 60
+D_IN, D_SAE, BATCH, STEPS = 64, 512, 128, 110
 KINDS: list[SAEConfig] = [
     StandardSAE(hidden_dim=D_SAE, seed=4, sparsity_coeff=1e-3),
     TopKSAE(hidden_dim=D_SAE, seed=4, k=8),

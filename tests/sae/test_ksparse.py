@@ -60,9 +60,8 @@ class Dense:
             candidates = pre.detach().masked_fill(~dead, -torch.inf)
             border = candidates.topk(self.sae.k_aux, dim=1).values[:, -1:]
             a = torch.where(dead & (candidates >= border), pre.relu(), 0)
-            share = min(int(dead.sum()) / self.sae.k_aux, 1)
             error = (a @ w_dec - residual).square().sum()
-            aux = self.sae.aux_k_coeff * share * error / residual.square().sum()
+            aux = self.sae.aux_k_coeff * error / residual.square().sum()
         return reconstruction, aux
 
     def kept(self, pre: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ def test_twenty_steps_equal_the_formulas_in_dense_matrices(config: SAEConfig) ->
     adam = adam_of(dict(zip(("W_enc", "b_enc", "W_dec", "b_dec"), dense.weights, strict=True)))
     aux_losses = []
     for batch in batches_of(trainer):
-        reconstruction, aux = dense.losses(x[batch], trainer._dead_latents())
+        reconstruction, aux = dense.losses(x[batch], trainer._dead_latents() if trainer._can_be_dead else None)
         update(dense.weights, dense.weights[2], adam, reconstruction + aux, trainer)
         trainer.step(x[batch])
         figures = trainer.measure()

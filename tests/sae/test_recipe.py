@@ -40,7 +40,7 @@ def test_topk_takes_its_kinds_own_recipe() -> None:
     assert (recipe.min_loss, recipe.patience, recipe.reinitialize_dead_every) == (None, None, 0)
     sae = build_sae(config, d_in=31)
     assert isinstance(sae, TopKAutoencoder)
-    assert (sae.k, sae.k_aux, sae.aux_k_coeff) == (7, 16, 1 / 32)
+    assert (sae.k, sae.k_aux, sae.aux_k_coeff) == (7, 16, 1.0)
 
 
 def test_a_learning_rate_that_was_asked_for_is_used() -> None:
@@ -69,7 +69,7 @@ def test_a_mean_pooled_job_has_defaults_of_its_own() -> None:
     assert settled(config, rows=5000, mean_pooled=True) == config
     many = settled(resolved(BatchTopKSAE()), rows=20_000, mean_pooled=True)
     assert isinstance(many, BatchTopKSAE)
-    assert many.aux_k_coeff == 1 / 32
+    assert many.aux_k_coeff == 1.0
 
 
 def test_what_was_asked_for_is_not_settled_otherwise() -> None:

@@ -74,9 +74,8 @@ def slope(sae: TopKAutoencoder, parameter: Tensor, x: Tensor, dead: Tensor | Non
         if dead is not None:
             candidates = positive * dead
             kept = torch.where(candidates >= candidates.topk(sae.k_aux, dim=1).values[:, -1:], candidates, 0)
-            share = min(int(dead.sum()) / sae.k_aux, 1)
             error = kept @ sae.W_dec - residual
-            total = total + sae.aux_k_coeff * share * error.square().sum() / residual.square().sum()
+            total = total + sae.aux_k_coeff * error.square().sum() / residual.square().sum()
         return float(total)
 
     slopes, flat = torch.zeros_like(parameter), parameter.detach().view(-1)

@@ -103,20 +103,34 @@ class Late:
 
     def __init__(self) -> None:
         self._coming: tuple[Tensor, torch.cuda.Event] | None = None
+        self._arrived: float | None = None
+        """The last one, where it is known already."""
 
     def read(self, number: Tensor) -> float | None:
         """Ask for a 0-d tensor's number; given the last one that was asked for, on a CPU this one."""
         if not number.is_cuda:
             return number.item()
+        before = self._waited_for()
         on_its_way = torch.empty((), dtype=number.dtype, pin_memory=True)
         on_its_way.copy_(number, non_blocking=True)
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        before, self._coming = self._coming, (on_its_way, event)
-        if before is None:
-            return None
-        before[1].synchronize()
-        return before[0].item()
+        self._coming, self._arrived = (on_its_way, event), None
+        return before
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number on its way; waits for it."""
+        return {"arrived": self._waited_for()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """It is the next one that is given."""
+        self._coming, self._arrived = None, state["arrived"]
+
+    def _waited_for(self) -> float | None:
+        if self._coming is not None:
+            self._coming[1].synchronize()
+            self._coming, self._arrived = None, self._coming[0].item()
+        return self._arrived
 
 
 class Divergence:
@@ -158,13 +172,14 @@ class Divergence:
             self._first = mean
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been seen; a number on its way is not waited for."""
-        return {"sum": self._sum, "first": self._first}
+        """What has been seen."""
+        return {"sum": self._sum, "first": self._first, "late": self._late.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self._sum.copy_(state["sum"])
         self._first = state["first"]
+        self._late.load_state_dict(state["late"])
 
 
 def diverged(what: str) -> TrainingDiverged:

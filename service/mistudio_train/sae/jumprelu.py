@@ -10,6 +10,7 @@ from torch.nn import functional
 from .base import ACTIVE_ABOVE, StepInput, StepOutput
 from .folded import FoldedSAE, plain
 from .gates import jump_relu
+from .kernels import fused
 from .scaled import ScaledAutoencoder, ScaledOptions
 from .sparse import active_above, decode_at
 
@@ -110,4 +111,9 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
     def _penalty(self, acts_N: Tensor, l0: Tensor, rows: int) -> Tensor:
         if self.target_l0 is not None:
             return (l0 / self.target_l0 - 1).square()
-        return (TANH_SCALE * acts_N).tanh().sum(dtype=self.b_dec.dtype) / (rows * self.d_in)
+        return _sum_of_tanh(acts_N) / (rows * self.d_in)
+
+
+@fused
+def _sum_of_tanh(acts_N: Tensor) -> Tensor:
+    return (TANH_SCALE * acts_N).tanh().sum(dtype=torch.promote_types(acts_N.dtype, torch.float32))

@@ -47,10 +47,11 @@ class ScaledAutoencoder(SparseAutoencoder):
 
     The loss by which dead latents learn the residual, for kinds that add it (Gao et al. 2024, arXiv:2406.04093):
 
-        L_aux = c · min(dead / k_aux, 1) · ||W_decᵀ a - e||² / ||e||²,   e = z - ẑ held fixed,
+        L_aux = c · ||W_decᵀ a - e||² / ||e||²,   e = z - ẑ held fixed,
         a     = the k_aux (D / 2, if not asked for otherwise) largest of the dead latents of each row of ReLU(p)
 
-    ||e||² is the residual's variance about zero, over the batch, as in the authors' code: defined for one row, too.
+    ||e||² is the residual's variance about zero, over the batch, as in the authors' code: defined for one row, too. As
+    there, and not as in others, a few dead latents weigh as much as many: else the last ones stay dead.
     """
 
     scale: Tensor
@@ -180,7 +181,7 @@ class ScaledAutoencoder(SparseAutoencoder):
         values_N = self.values_at(active, pre_BF, centred_BD).relu() * taken
         error = (decode_at(active, values_N, self.W_dec) - residual_BD).square().sum()
         energy = residual_BD.square().sum().clamp_min(torch.finfo(residual_BD.dtype).tiny)
-        return self.aux_k_coeff * (dead_F.sum() / self.k_aux).clamp_max(1) * error / energy
+        return self.aux_k_coeff * error / energy
 
     def _largest_dead(self, pre_BF: Tensor, dead_F: Tensor) -> tuple[Active, Tensor | float]:
         """At most k_aux latents a row; where a GPU would have to wait for their number, all, and 1 for those."""

@@ -193,6 +193,8 @@ class Trainer:
             "optimizer": self._optimizer.state_dict(),
             "rate": self.rate,
             "divergence": self._divergence.state_dict(),
+            "late_dead": self._late_dead.state_dict(),
+            "any_dead": self._any_dead,
             "stopping": self._stopping.state_dict(),
             "epoch_sums": self._epoch_sums.state_dict(),
             "recent_sums": self._recent_sums.state_dict(),
@@ -220,6 +222,8 @@ class Trainer:
         self._load_optimizer(state["optimizer"])
         self.rate = state["rate"]
         self._divergence.load_state_dict(state["divergence"])
+        self._late_dead.load_state_dict(state["late_dead"])
+        self._any_dead = state["any_dead"]
         self._stopping.load_state_dict(state["stopping"])
         self._epoch_sums.load_state_dict(state["epoch_sums"])
         self._recent_sums.load_state_dict(state["recent_sums"])
