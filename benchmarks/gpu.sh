@@ -10,7 +10,7 @@ run() {
     tail -n 24 "$to/$name.txt"
 }
 step="benchmarks.step --device cuda --batch 4096"
-run gpu-kernels benchmarks.kernels
-run gpu-step-768 $step --d 768 --widths 16384 65536 --profile --to "$to/gpu-step-768.json"
-run gpu-step-2048 $step --d 2048 --k 64 --widths 65536 --kinds topk batchtopk jumprelu l1 --profile --to "$to/gpu-step-2048.json"
+run gpu-step-2048 $step --d 2048 --k 64 --widths 65536 --kinds topk jumprelu gated l1 --to "$to/gpu-step-2048.json"
+run gpu-step-768 $step --d 768 --widths 16384 65536 --to "$to/gpu-step-768.json"
 run gpu-step-4096 $step --d 4096 --k 64 --widths 131072 --kinds topk l1 --to "$to/gpu-step-4096.json"
+run gpu-kernels benchmarks.kernels

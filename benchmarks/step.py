@@ -239,6 +239,12 @@ def cases(widths: list[int], kinds: list[str], d: int, batch: int, k: int) -> It
             yield Case(kind, d, widths[0], batch, k, dead=0.3)
 
 
+def _keep(measured: list[Measured], about: str, to: Path) -> None:
+    figures = {"about": about, "torch": torch.__version__, "steps": [asdict(one) for one in measured]}
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.write_text(json.dumps(figures, indent=2) + "\n")
+
+
 def show(measured: list[Measured], console: Console) -> None:
     """The table that the documentation quotes."""
     columns = (
@@ -289,22 +295,20 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")  # SAELens' libraries'
     console = Console(width=126, highlight=False)
     torch.backends.cuda.matmul.allow_tf32 = True  # for SAELens in fp32
+    about = (
+        f"d {options.d}, B {options.batch}, k {options.k}, precision {options.precision},"
+        f" {torch.get_num_threads()} threads. {machine()}"
+    )
     measured: list[Measured] = []
     for case in cases(options.widths, options.kinds, options.d, options.batch, options.k):
         one = measure(case, options.runs, options.device, options.precision, peer=not options.no_peer)
         measured.append(one)
         console.print(f"{case}: {one.share:.2f} of the floor, {(one.saelens or 0) / one.ours:.1f} times SAELens")
+        _keep(measured, about, options.to)
         if options.profile:
             console.print(profiled(case, options.device, options.precision))
     show(measured, console)
-    about = (
-        f"d {options.d}, B {options.batch}, k {options.k}, precision {options.precision},"
-        f" {torch.get_num_threads()} threads. {machine()}"
-    )
     console.print(f"{about}, torch {torch.__version__}")
-    figures = {"about": about, "torch": torch.__version__, "steps": [asdict(one) for one in measured]}
-    options.to.parent.mkdir(parents=True, exist_ok=True)
-    options.to.write_text(json.dumps(figures, indent=2) + "\n")
     return 0
 
 

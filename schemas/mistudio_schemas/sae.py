@@ -60,8 +60,8 @@ class ScheduledFields(SAEFields):
     """A latent is dead after this share of the run's rows, or ten million rows if fewer, without being active; `null`:
     0.1, of a mean-pooled job five epochs."""
     aux_k_coeff: float | None = Field(None, ge=0)
-    """Weight of the loss by which dead latents learn the residual; 0: off; `null`: 0.03125, of `topk` 1.0, but off for a
-    mean-pooled job of fewer than 20,000 rows."""
+    """Weight of the loss by which dead latents learn the residual; 0: off; `null`: 0.03125, of `topk` 1.0, but off for
+    a mean-pooled job of fewer than 20,000 rows."""
     k_aux: int | None = Field(None, ge=1)
     """Dead latents a row that take part in it; `null`: half the row's width."""
     resample_at: Annotated[list[Annotated[float, Field(ge=0, lt=1)]], Field(max_length=16)] | None = None

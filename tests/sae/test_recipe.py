@@ -69,7 +69,7 @@ def test_a_mean_pooled_job_has_defaults_of_its_own() -> None:
     assert settled(config, rows=5000, mean_pooled=True) == config
     many = settled(resolved(BatchTopKSAE()), rows=20_000, mean_pooled=True)
     assert isinstance(many, BatchTopKSAE)
-    assert many.aux_k_coeff == 1.0
+    assert many.aux_k_coeff == 1 / 32
 
 
 def test_what_was_asked_for_is_not_settled_otherwise() -> None:

@@ -128,8 +128,9 @@ class Late:
 
     def _waited_for(self) -> float | None:
         if self._coming is not None:
-            self._coming[1].synchronize()
-            self._coming, self._arrived = None, self._coming[0].item()
+            number, event = self._coming
+            event.synchronize()
+            self._coming, self._arrived = None, number.item()
         return self._arrived
 
 

@@ -47,11 +47,11 @@ class L1Autoencoder(ScaledAutoencoder):
             centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
             active = active_above(pre_BF, 0)
-        acts_N = self.values_at(active, pre_BF, centred_BD).relu()
+        acts_N, acts_F = active.rectified(self.values_at(active, pre_BF, centred_BD))
         z_hat_BD = decode_at(active, acts_N, self.W_dec) + self.b_dec
         reconstruction_loss = functional.mse_loss(z_hat_BD, z_BD)
         weight_F = torch.linalg.vector_norm(self.W_dec, dim=1)
-        penalty = (active.sum_by_latent(acts_N) * weight_F).sum() / z_BD.numel()
+        penalty = (acts_F * weight_F).sum() / z_BD.numel()
         sparsity_loss = self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * penalty
         sparsity_loss = sparsity_loss + self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
         return self.output(active, acts_N, len(z_BD), reconstruction_loss, sparsity_loss)

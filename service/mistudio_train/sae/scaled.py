@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from .base import ACTIVE_ABOVE, SparseAutoencoder, StepOutput
 from .folded import FoldedSAE, plain
+from .kernels import fused
 from .largest import largest_of_rows
 from .sparse import Active, Everywhere, decode_at, encode_at
 
@@ -111,15 +112,13 @@ class ScaledAutoencoder(SparseAutoencoder):
     @torch.no_grad()
     def before_update(self) -> None:
         """Remove the part of the decoder's gradient along each row: the norm is fixed."""
-        slope_FD, weight_FD = self.W_dec.grad, self.W_dec
-        if slope_FD is not None:
-            along_F = torch.linalg.vecdot(slope_FD, weight_FD)
-            slope_FD.addcmul_(along_F[:, None], weight_FD, value=-1)
+        if self.W_dec.grad is not None:
+            _remove_along(self.W_dec.grad, self.W_dec)
 
     @torch.no_grad()
     def after_update(self) -> None:
         """Bring the decoder's rows back to norm 1."""
-        self.W_dec.div_(torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True).clamp_min(LEAST_NORM))
+        _normalise(self.W_dec)
 
     def folded(self) -> FoldedSAE:
         """Only the biases change, since ReLU and the choice of the largest do not mind a positive factor.
@@ -192,6 +191,17 @@ class ScaledAutoencoder(SparseAutoencoder):
         dead_latents = dead_F.nonzero().squeeze(1)
         chosen_BK = dead_latents[largest_of_rows(pre_BF[:, dead_latents], min(self.k_aux, len(dead_latents)))]
         return Active.same_number(chosen_BK, self.d_sae), 1.0
+
+
+@fused
+def _remove_along(slope_FD: Tensor, weight_FD: Tensor) -> None:
+    along_F = torch.linalg.vecdot(slope_FD, weight_FD)
+    slope_FD.addcmul_(along_F[:, None], weight_FD, value=-1)
+
+
+@fused
+def _normalise(weight_FD: Tensor) -> None:
+    weight_FD.div_(torch.linalg.vector_norm(weight_FD, dim=1, keepdim=True).clamp_min(LEAST_NORM))
 
 
 def geometric_median(rows_ND: Tensor, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

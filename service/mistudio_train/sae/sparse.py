@@ -118,6 +118,11 @@ class Active:
         """On how many rows each latent's value is above a number that is not negative: int64 [d_sae]."""
         return self.count_by_latent(values_N > floor)
 
+    def rectified(self, values_N: Tensor) -> tuple[Tensor, Tensor]:
+        """ReLU of the values, and its sum over rows: [d_sae]; with gradients."""
+        acts_N = values_N.relu()
+        return acts_N, self.sum_by_latent(acts_N)
+
     def sum_by_latent(self, values_N: Tensor) -> Tensor:
         """S's sum over rows: [d_sae]."""
         if self._by_kernels(values_N):  # where adding at indices happens in any order
@@ -218,11 +223,15 @@ class Everywhere(Active):
 
     def count_by_latent(self, which_BF: Tensor) -> Tensor:
         """On how many rows a condition holds for each latent: int64 [d_sae]."""
-        return which_BF.sum(0, dtype=torch.int32).long()  # three times as fast as with int64
+        return _count(which_BF)
 
     def count_above(self, values_BF: Tensor, floor: float) -> Tensor:
         """On how many rows each latent's value is above a number: int64 [d_sae]."""
         return _count_above(values_BF, floor)
+
+    def rectified(self, values_BF: Tensor) -> tuple[Tensor, Tensor]:
+        """ReLU of the matrix, and its sum over rows: [d_sae]; with gradients."""
+        return _rectified(values_BF)
 
     def sum_by_latent(self, values_BF: Tensor) -> Tensor:
         """The matrix' sum over rows: [d_sae]."""
@@ -264,8 +273,19 @@ def active_above(matrix_BF: Tensor, floor: Tensor | float) -> Active:
 
 
 @kernels.fused
+def _count(which_BF: Tensor) -> Tensor:
+    return which_BF.sum(0, dtype=torch.int32).long()  # three times as fast as with int64
+
+
+@kernels.fused
 def _count_above(values_BF: Tensor, floor: float) -> Tensor:
     return (values_BF > floor).sum(0, dtype=torch.int32).long()
+
+
+@kernels.fused
+def _rectified(values_BF: Tensor) -> tuple[Tensor, Tensor]:
+    acts_BF = values_BF.relu()
+    return acts_BF, acts_BF.sum(0, dtype=_of_sums(values_BF))
 
 
 def _of_sums(tensor: Tensor) -> torch.dtype:
