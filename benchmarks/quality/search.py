@@ -68,15 +68,14 @@ def next_coefficient(
         return start
     if len(l0s) >= MOST_COEFFICIENTS:
         return None
-    by_l0 = sorted(l0s.items(), key=lambda one: one[1])
-    (sparsest, least), (densest, most) = by_l0[0], by_l0[-1]
-    if least > low:
-        return sparsest / denser
-    if most < high:
-        return densest * denser
-    for (one, l0), (other, next_l0) in pairwise(by_l0):
-        if next_l0 > low and l0 < high and next_l0 > GAP * l0:
-            return math.sqrt(one * other)
+    if min(l0s.values()) > low:  # beyond all that were tried, also where an L0 hardly depends on them
+        return min(l0s) / denser if denser > 1 else max(l0s) / denser
+    if max(l0s.values()) < high:
+        return max(l0s) * denser if denser > 1 else min(l0s) * denser
+    for (one, l0), (other, next_l0) in pairwise(sorted(l0s.items(), key=lambda one: one[1])):
+        between = math.sqrt(one * other)
+        if next_l0 > low and l0 < high and next_l0 > GAP * l0 and between not in l0s:
+            return between
     return None
 
 
