@@ -59,6 +59,14 @@ def test_coefficients_lie_on_both_sides_of_what_is_wanted_without_wide_gaps() ->
     assert next_coefficient({2.0**n: 1.0 for n in range(10)}, 14, 70, start=5, denser=1 / 3) is None
 
 
+def test_a_search_ends_where_the_l0_does_not_depend_on_the_coefficient() -> None:
+    l0s: dict[float, float] = {}
+    while (coefficient := next_coefficient(l0s, 14, 70, start=5, denser=1 / 3)) is not None:
+        assert coefficient not in l0s
+        l0s[coefficient] = 282 - len(l0s) % 2  # now a little less, now a little more
+    assert len(l0s) == 8
+
+
 def test_figures_are_linear_in_log_l0_and_never_extrapolated() -> None:
     points = [{"l0": 40.0, "fvu": 0.1}, {"l0": 10.0, "fvu": 0.3}, {"l0": 0.0, "fvu": 1.0}]
     assert at_l0(points, "l0", 20) == pytest.approx({"l0": 25.0, "fvu": 0.2})

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import kernels
 from .base import RARE_BELOW, SparseAutoencoder, StepInput
 from .figures import Divergence, EpochFigures, Late, StepFigures, Sums, diverged
 from .recipe import EarlyStopping, Precision, Recipe
@@ -47,7 +48,8 @@ class Trainer:
             _groups(sae), lr=recipe.learning_rate, eps=recipe.adam_eps, fused=True, capturable=on_gpu
         )
         self._step_now: Tensor | None = torch.zeros((), device=self.device) if on_gpu else None
-        self._replay: Update = Replay(self._update) if on_gpu else self._update
+        # cuSPARSE, which is there without the kernels, has not been seen to be recorded
+        self._replay: Update = Replay(self._update) if on_gpu and kernels.AVAILABLE else self._update
         self._generator = torch.Generator().manual_seed(_derived_seed(seed))
         self.rate = 1.0
         """Share of the recipe's learning rate that is used."""
