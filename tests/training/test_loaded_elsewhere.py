@@ -19,6 +19,7 @@ from mistudio_schemas import (
     StandardSAE,
     TopKSAE,
 )
+from mistudio_train.cli import demo_inputs
 from mistudio_train.sae.build import build_sae
 from mistudio_train.sae.folded import FoldedSAE
 from mistudio_train.sae.recipe import Recipe
@@ -106,31 +107,53 @@ def test_sparsify_finds_the_same_in_a_thousand_rows_or_is_said_not_to(
     torch.testing.assert_close(theirs.decode(top_acts, top_indices), sae.decode(acts_BF), atol=1e-4, rtol=1e-5)
 
 
-@torch.no_grad()
 def test_saelens_own_evaluation_gives_the_same_losses(model_folder: Folder, tmp_path: Path) -> None:
     """Of a model whose first token is no special one, with no row left out, so that both replace every token."""
+    sae = {"kind": "batchtopk", "k": 4}
+    judged_by_both(model_folder("gpt2"), tmp_path, LAYER, TEXTS, **ASKED | {"sae": sae})
+
+
+def test_saelens_own_evaluation_gives_the_same_losses_of_a_pretrained_model(tmp_path: Path) -> None:
+    texts = [text for text in demo_inputs._evenly(demo_inputs._bible(), 80) if len(text) < 700]
+    assert len(texts) > 40
+    judged_by_both(
+        demo_inputs.smollm2_folder(),
+        tmp_path,
+        9,
+        texts,
+        pooling="token",
+        held_out=0.15,
+        hidden_dim=1024,
+        max_epochs=4,
+        max_sequence_length=256,
+        sae={"kind": "batchtopk", "k": 32, "learning_rate": 3e-3, "batch_size": 256},
+    )
+
+
+def judged_by_both(folder: Path, tmp_path: Path, layer: int, texts: list[str], **fields: Any) -> None:
+    """An SAE is trained; what SAELens' evaluation says of it on the held-out texts is what the job says."""
     from sae_lens import SAE
     from sae_lens.evals import get_recons_loss
     from sae_lens.load_model import load_model
     from sae_lens.training.activation_scaler import ActivationScaler
 
-    folder = model_folder("gpt2")
-    one = spec(folder, tmp_path / "job", TEXTS, **ASKED | {"left_out": [], "sae": {"kind": "batchtopk", "k": 4}})
-    with torch.enable_grad():
-        metrics = run_job(one, Listener()).saes[0].metrics
+    asked = {"layer_number": layer, "left_out": [], "cross_entropy_tokens": 1_000_000}
+    one = spec(folder, tmp_path / "job", texts, **fields | asked)
+    metrics = run_job(one, Listener()).saes[0].metrics
     model: Any = load_model("AutoModelForCausalLM", str(folder), device="cpu")
     sae: Any = SAE.load_from_disk(one.output / "sae")
-    flags = np.fromfile(one.scratch / f"rows-{LAYER}.resid_post.bin", np.uint8)
+    flags = np.fromfile(one.scratch / f"rows-{layer}.resid_post.bin", np.uint8)
     starts = np.fromfile(one.scratch / "tokens" / "row_starts.bin", np.int64)
     sums = dict.fromkeys(("ce_loss_without_sae", "ce_loss_with_sae", "ce_loss_with_ablation"), 0.0)
     predicted = 0
-    for text, start in zip(TEXTS, starts[:-1], strict=True):
+    for text, start in zip(texts, starts[:-1], strict=True):
         if not flags[start] & HELD_OUT:
             continue
         tokens = torch.tensor([model.tokenizer(text)["input_ids"]])
-        losses = get_recons_loss(
-            sae, model, ActivationScaler(), tokens, compute_kl=False, compute_ce_loss=True, ignore_tokens=None
-        )
+        with torch.no_grad():
+            losses = get_recons_loss(
+                sae, model, ActivationScaler(), tokens, compute_kl=False, compute_ce_loss=True, ignore_tokens=None
+            )
         for name in sums:
             sums[name] += float(losses[name].sum())
         predicted += tokens.shape[1] - 1
@@ -140,7 +163,6 @@ def test_saelens_own_evaluation_gives_the_same_losses(model_folder: Folder, tmp_
     clean, spliced, zero = (total / predicted for total in sums.values())
     assert (ours.clean, ours.spliced, ours.zero) == pytest.approx((clean, spliced, zero), rel=1e-4)
     assert ours.recovered_zero == pytest.approx((zero - spliced) / (zero - clean), rel=0.01)
-    assert (
-        json.loads((one.output / "metadata.json").read_text())["training_results"]["cross_entropy"]["tokens"]
-        == predicted
-    )
+    kept = json.loads((one.output / "metadata.json").read_text())["training_results"]["cross_entropy"]
+    assert kept["tokens"] == predicted
+    print(f"{predicted} tokens, recovered {ours.recovered_zero:.4f}, SAELens {(zero - spliced) / (zero - clean):.4f}")
