@@ -1,7 +1,9 @@
 """The trainer: resumed equals uninterrupted, figures are means over rows, dead latents start again, NaN is noticed."""
 
 import copy
+import gc
 import io
+import weakref
 from typing import Any
 
 import pytest
@@ -315,3 +317,19 @@ def test_epochs_without_improvement_are_counted_across_a_resume() -> None:
     second = trainer_of(KINDS[0], **changes)
     second.load_state_dict(first.state_dict())
     assert [epoch_of(second, x).stop_reason for _ in range(5)] == [None] * 4 + ["no_improvement"]
+
+
+def test_a_trainer_that_is_done_with_is_freed_at_once() -> None:
+    """With its weights and moments: of several SAEs the next one would else be trained beside them."""
+
+    def used() -> "weakref.ref[Trainer]":
+        trainer = trainer_of(TopKSAE(hidden_dim=24, seed=0, k=3))
+        trainer.step(rows()[:8])
+        return weakref.ref(trainer)
+
+    used()  # PyTorch's first optimiser keeps what it was made in
+    gc.disable()
+    try:
+        assert used()() is None
+    finally:
+        gc.enable()

@@ -13,7 +13,7 @@ from . import kernels
 from .base import RARE_BELOW, SparseAutoencoder, StepInput
 from .figures import Divergence, EpochFigures, Late, StepFigures, Sums, diverged
 from .recipe import EarlyStopping, Precision, Recipe
-from .replay import Replay, Update
+from .replay import Replay
 
 COUNT_DEAD_EVERY = 16
 """Steps between two looks of a GPU whether any latent is dead: without, there is no auxiliary loss to be computed."""
@@ -49,7 +49,7 @@ class Trainer:
         )
         self._step_now: Tensor | None = torch.zeros((), device=self.device) if on_gpu else None
         # cuSPARSE, which is there without the kernels, has not been seen to be recorded
-        self._replay: Update = Replay(self._update) if on_gpu and kernels.AVAILABLE else self._update
+        self._replay = Replay(self._update) if on_gpu and kernels.AVAILABLE else None
         self._generator = torch.Generator().manual_seed(_derived_seed(seed))
         self.rate = 1.0
         """Share of the recipe's learning rate that is used."""
@@ -88,7 +88,7 @@ class Trainer:
         x_BD = x_BD.to(self.device, torch.float32, non_blocking=True)
         self._resample(x_BD)
         self._set_rates()
-        self._replay(x_BD, self._revives())
+        (self._replay or self._update)(x_BD, self._revives())
         for sums in (self._epoch_sums, self._recent_sums):
             sums.rows += len(x_BD)
         self.steps += 1
@@ -240,7 +240,7 @@ class Trainer:
         self._optimizer.load_state_dict(state)
         for group in self._optimizer.param_groups:  # as the device wants it, not the one that it was saved on
             group["lr"], group["capturable"] = self.recipe.learning_rate, self.device.type == "cuda"
-        if isinstance(self._replay, Replay):
+        if self._replay is not None:
             self._replay.forget()
 
     def _set_rates(self) -> None:
