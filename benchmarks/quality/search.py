@@ -5,7 +5,7 @@ The same rules for every side; must not know any.
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -19,7 +19,9 @@ LEAST_RATES: Final = 5
 MOST_RATES: Final = 9
 GAP: Final = 2.0
 """Between neighbours that are interpolated between, the higher L0 is at most so many times the lower."""
-MOST_COEFFICIENTS: Final = 8
+MOST_COEFFICIENTS: Final = 10
+HOPELESS: Final = 1.25
+"""With so many times the best FVU, and more active latents than are wanted, a learning rate is given up."""
 
 
 def rate(place: float) -> float:
@@ -35,13 +37,15 @@ def best_rate(fvus: Mapping[float, float]) -> float:
 def next_rate(fvus: Mapping[float, float]) -> float | None:
     """What is to be tried next: five, more until the best has a worse one on either side, then half-way to these.
 
+    From the middle outwards, as those far from the best are soon given up once a good one is known.
+
     `None` when that is done, or when the best is at an edge after `MOST_RATES`.
     """
-    for place in range(-(LEAST_RATES // 2), LEAST_RATES // 2 + 1):
+    for place in sorted(range(-(LEAST_RATES // 2), LEAST_RATES // 2 + 1), key=lambda place: (abs(place), -place)):
         if rate(place) not in fvus:
             return rate(place)
     whole = {place: fvus[rate(place)] for place in range(-MOST_RATES, MOST_RATES) if rate(place) in fvus}
-    best = min(whole, key=lambda place: whole[place])
+    best = min(whole, key=lambda place: (whole[place], -place))  # none has got there: it takes a higher one
     if best in (min(whole), max(whole)):
         beyond = best + (1 if best == max(whole) else -1)
         return rate(beyond) if len(whole) < MOST_RATES else None
@@ -77,6 +81,14 @@ def next_coefficient(
         if next_l0 > low and l0 < high and next_l0 > GAP * l0 and between not in l0s:
             return between
     return None
+
+
+def hopeless(points: Iterable[Figures], wanted: float, best: float) -> bool:
+    """Whether one has more active latents than are wanted and is far worse than the best: with fewer it would be worse.
+
+    It spares the search for coefficients that give a learning rate much too low the L0 that is wanted, if any do.
+    """
+    return any(point["validation_l0"] > wanted and point["validation_fvu"] > HOPELESS * best for point in points)
 
 
 def at_l0(points: Sequence[Figures], name: str, wanted: float) -> Figures | None:

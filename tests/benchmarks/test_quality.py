@@ -16,7 +16,7 @@ from benchmarks.quality import runs as quality_runs
 from benchmarks.quality.data import SHAPES, Shape, Truth, data_of, toy
 from benchmarks.quality.figures import figures_of, recovery, set_threshold
 from benchmarks.quality.runs import NotThere, Runs
-from benchmarks.quality.search import at_l0, interval, next_coefficient, next_rate
+from benchmarks.quality.search import at_l0, hopeless, interval, next_coefficient, next_rate
 from benchmarks.quality.sides import KINDS, SIDES, Run, trained
 from torch import Tensor
 
@@ -40,7 +40,7 @@ def test_learning_rates_go_on_until_the_best_is_at_no_edge() -> None:
     while (lr := next_rate(fvus)) is not None:
         asked.append(lr)
         fvus[lr] = abs(math.log(lr / 0.02))
-    assert asked == [0.000111, 0.000333, 0.001, 0.003, 0.009, 0.027, 0.081, 0.0156, 0.0468]
+    assert asked == [0.001, 0.003, 0.000333, 0.009, 0.000111, 0.027, 0.081, 0.0156, 0.0468]
     assert next_rate({lr: lr for lr in asked[:5]}) == 3.7e-5
     assert next_rate({lr: abs(lr - 1e-3) for lr in asked[:5]}) == 0.000577
     assert next_rate({lr: abs(lr - 1e-3) for lr in [*asked[:5], 0.000577, 0.00173]}) is None
@@ -64,7 +64,18 @@ def test_a_search_ends_where_the_l0_does_not_depend_on_the_coefficient() -> None
     while (coefficient := next_coefficient(l0s, 14, 70, start=5, denser=1 / 3)) is not None:
         assert coefficient not in l0s
         l0s[coefficient] = 282 - len(l0s) % 2  # now a little less, now a little more
-    assert len(l0s) == 8
+    assert len(l0s) == 10
+
+
+def test_a_learning_rate_is_given_up_once_it_is_far_worse_with_more_latents_than_are_wanted() -> None:
+    assert hopeless([{"validation_l0": 40, "validation_fvu": 0.2}], 32, best=0.15)
+    assert not hopeless([{"validation_l0": 40, "validation_fvu": 0.2}], 32, best=0.17)
+    assert not hopeless([{"validation_l0": 20, "validation_fvu": 0.9}], 32, best=0.15)
+    assert not hopeless([{"validation_l0": 40, "validation_fvu": 0.9}], 32, best=math.inf)
+
+
+def test_the_search_goes_to_higher_rates_where_none_has_got_there() -> None:
+    assert next_rate(dict.fromkeys([0.000111, 0.000333, 0.001, 0.003, 0.009], math.inf)) == 0.027
 
 
 def test_figures_are_linear_in_log_l0_and_never_extrapolated() -> None:
