@@ -49,6 +49,8 @@ STEPS: Final = 4
 """That one measurement lasts."""
 SETTLED: Final = 40
 """Steps after which a GPU repeats recordings, and knows whether latents are dead."""
+RATE: Final = 1e-9
+"""Of both sides: with a larger one the share of the latents that is active changes while it is timed."""
 SHARES: Final = [1 / 32, 1 / 16, 1 / 8, 1 / 4]
 K_SPARSE: Final = ("topk", "batchtopk", "matryoshka")
 BY_THRESHOLD: Final = ("jumprelu", "gated", "l1")
@@ -115,7 +117,7 @@ def config_of(case: Case) -> SAEConfig:
 def our_step(case: Case, rows: list[Tensor], precision: Precision) -> Step:
     """A step of our trainer."""
     recipe = Recipe(
-        1e-3,
+        RATE,
         case.batch,
         max_epochs=10_000,
         dead_after_rows=1000 * case.batch,
@@ -155,7 +157,7 @@ def saelens_step(case: Case, device: torch.device, *, autocast: bool) -> Step:
         ),
         "gated": lambda: saes.GatedTrainingSAE(saes.GatedTrainingSAEConfig(**shape)),
     }
-    cfg = config.SAETrainerConfig(10**12, case.batch, lr_end=3e-5, device=device.type, autocast=autocast)
+    cfg = config.SAETrainerConfig(10**12, case.batch, lr=RATE, lr_end=RATE / 10, device=device.type, autocast=autocast)
     trainer: Any = SAETrainer(cfg, made[case.kind](), iter(()))
     dead = int(case.dead * case.m)
     with torch.no_grad():
@@ -232,7 +234,7 @@ def cases(widths: list[int], kinds: list[str], d: int, batch: int, k: int) -> It
     """Every kind at every width, at both shares of active latents; and the auxiliary loss at work at the first."""
     for m in widths:
         for kind in kinds:
-            shares = (0.5, 0.05) if kind in BY_THRESHOLD else (None,)
+            shares = (0.5, 0.05, 0.01) if kind in BY_THRESHOLD else (None,)
             yield from (Case(kind, d, m, batch, k, active=active) for active in shares)
     for kind in kinds:
         if kind in K_SPARSE:

@@ -64,10 +64,10 @@ def test_as_much_is_learned(kind: SAEConfig, dense_above: float, monkeypatch: py
 
 
 def test_values_at_active_places_are_not_rounded() -> None:
-    x_BD, weight_FD, bias_F, centre_D = torch.randn(8, D_IN), torch.randn(D_SAE, D_IN), torch.randn(D_SAE), rows()[0]
+    x_BD, weight_FD, bias_F = torch.randn(8, D_IN), torch.randn(D_SAE, D_IN), torch.randn(D_SAE)
     rounded_BF = torch.addmm(bias_F.bfloat16(), x_BD.bfloat16(), weight_FD.bfloat16().T)
     active = sparse.Active.same_number(rounded_BF.topk(4).indices, D_SAE)
-    values_N = sparse.encode_at(active, rounded_BF, x_BD, centre_D, weight_FD, bias_F)
+    values_N = active.scores(rounded_BF, x_BD, weight_FD, bias_F)
     torch.testing.assert_close(values_N, active.pick(torch.addmm(bias_F, x_BD, weight_FD.T)))
 
 

@@ -57,9 +57,20 @@ def test_gradients_are_right(active: Active) -> None:
     def there_and_back(centre: Tensor, w_enc: Tensor, bias: Tensor, w_dec: Tensor) -> Tensor:
         centred = (rows - centre).detach()
         pre = (centred @ w_enc.T + bias).detach()
-        return decode_at(active, encode_at(active, pre, centred, centre, w_enc, bias).tanh(), w_dec)
+        values = active.pick(pre)
+        return decode_at(active, encode_at(active, values, centred, centre, w_enc, bias).tanh(), w_dec)
 
     assert torch.autograd.gradcheck(there_and_back, inputs)
+
+
+def test_places_known_to_be_zero_are_left_out_of_products_and_keep_their_gradient(active: Active) -> None:
+    which = drawn(len(active.latents_N), seed=9) > 0
+    banded, values = active.zero_unless(which), drawn(len(active.latents_N)) * which
+    weight, rows = drawn(D_SAE, D_IN, seed=1), drawn(ROWS, D_IN, seed=2)
+    torch.testing.assert_close(banded.times(values, weight), active.times(values, weight))
+    torch.testing.assert_close(banded.transpose_times(values, rows), active.transpose_times(values, rows))
+    torch.testing.assert_close(banded.products(rows, weight), active.products(rows, weight))
+    assert torch.equal(banded.pick(active.dense(values)), values)
 
 
 def test_all_places_have_the_dense_matrix_as_their_values() -> None:

@@ -12,7 +12,7 @@ from .folded import FoldedSAE, plain
 from .gates import jump_relu
 from .kernels import fused
 from .scaled import ScaledAutoencoder, ScaledOptions
-from .sparse import active_above, decode_at
+from .sparse import active_above, decode_at, encode_at
 
 TANH_SCALE = 4.0
 """Of the activations within the penalty's tanh (Conerly et al. 2025, "Dictionary Learning Optimization Techniques")."""
@@ -30,8 +30,8 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
         S = mean over rows of Σ_f tanh(4 h_f) / D     without one
 
     θ = exp(τ) > 0, and τ, always fp32, is the parameter. Its gradients are straight-through estimates (`gates`), and
-    λ(t) rises linearly over the first steps. Only latents with p > θ - ε / 2 have any gradient: all else is left out
-    of the arithmetic behind the encoder's product.
+    λ(t) rises linearly over the first steps. Only latents with p > θ - ε / 2 have any gradient, and of those not above
+    θ it is the threshold's alone: all else is left out of the arithmetic behind the encoder's product.
     """
 
     kind: ClassVar[str] = "jumprelu"
@@ -76,8 +76,10 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
         with torch.no_grad():
             centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
-            active = active_above(pre_BF, self.threshold - self.bandwidth / 2)
-        values_N = self.values_at(active, pre_BF, centred_BD)
+            near = active_above(pre_BF, self.threshold - self.bandwidth / 2)
+            values_N = near.scores(pre_BF, centred_BD, self.W_enc, self.b_enc)
+            active = near.zero_unless(~(values_N <= near.per_place(self.threshold)))  # what is no number shows
+        values_N = encode_at(active, values_N, centred_BD, self.b_dec, self.W_enc, self.b_enc)
         acts_N, number = jump_relu(active, values_N, self.threshold, self.bandwidth)
         l0 = number / len(z_BD)
         z_hat_BD = decode_at(active, acts_N, self.W_dec) + self.b_dec

@@ -153,7 +153,9 @@ class ScaledAutoencoder(SparseAutoencoder):
 
     def values_at(self, active: Active, pre_BF: Tensor, centred_BD: Tensor) -> Tensor:
         """The p at the active places, with gradients of b_dec and of the encoder."""
-        return encode_at(active, pre_BF, centred_BD, self.b_dec, self.W_enc, self.b_enc)
+        with torch.no_grad():
+            values_N = active.scores(pre_BF, centred_BD, self.W_enc, self.b_enc)
+        return encode_at(active, values_N, centred_BD, self.b_dec, self.W_enc, self.b_enc)
 
     def output(
         self, active: Active, acts_N: Tensor, rows: int, reconstruction_loss: Tensor, sparsity_loss: Tensor
