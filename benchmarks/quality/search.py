@@ -22,6 +22,8 @@ GAP: Final = 2.0
 MOST_COEFFICIENTS: Final = 10
 HOPELESS: Final = 1.25
 """With so many times the best FVU, and more active latents than are wanted, a learning rate is given up."""
+NOTHING_LEARNED: Final = 0.9
+"""So it is with this FVU, whatever the best one is."""
 
 
 def rate(place: float) -> float:
@@ -84,11 +86,12 @@ def next_coefficient(
 
 
 def hopeless(points: Iterable[Figures], wanted: float, best: float) -> bool:
-    """Whether one has more active latents than are wanted and is far worse than the best: with fewer it would be worse.
+    """Whether one has more active latents than are wanted, and is so bad that with fewer it could not be the best.
 
     It spares the search for coefficients that give a learning rate much too low the L0 that is wanted, if any do.
     """
-    return any(point["validation_l0"] > wanted and point["validation_fvu"] > HOPELESS * best for point in points)
+    limit = min(HOPELESS * best, NOTHING_LEARNED)
+    return any(point["validation_l0"] > wanted and point["validation_fvu"] > limit for point in points)
 
 
 def at_l0(points: Sequence[Figures], name: str, wanted: float) -> Figures | None:

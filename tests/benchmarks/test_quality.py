@@ -71,7 +71,8 @@ def test_a_learning_rate_is_given_up_once_it_is_far_worse_with_more_latents_than
     assert hopeless([{"validation_l0": 40, "validation_fvu": 0.2}], 32, best=0.15)
     assert not hopeless([{"validation_l0": 40, "validation_fvu": 0.2}], 32, best=0.17)
     assert not hopeless([{"validation_l0": 20, "validation_fvu": 0.9}], 32, best=0.15)
-    assert not hopeless([{"validation_l0": 40, "validation_fvu": 0.9}], 32, best=math.inf)
+    assert not hopeless([{"validation_l0": 40, "validation_fvu": 0.8}], 32, best=math.inf)
+    assert hopeless([{"validation_l0": 40, "validation_fvu": 0.95}], 32, best=math.inf)
 
 
 def test_the_search_goes_to_higher_rates_where_none_has_got_there() -> None:

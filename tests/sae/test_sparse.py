@@ -64,8 +64,9 @@ def test_gradients_are_right(active: Active) -> None:
 
 
 def test_places_known_to_be_zero_are_left_out_of_products_and_keep_their_gradient(active: Active) -> None:
-    which = drawn(len(active.latents_N), seed=9) > 0
-    banded, values = active.zero_unless(which), drawn(len(active.latents_N)) * which
+    scores, floor = drawn(len(active.latents_N), seed=9), drawn(D_SAE, seed=8)
+    banded = active.zero_below(scores, floor)
+    values = drawn(len(active.latents_N)) * (scores > active.per_place(floor))
     weight, rows = drawn(D_SAE, D_IN, seed=1), drawn(ROWS, D_IN, seed=2)
     torch.testing.assert_close(banded.times(values, weight), active.times(values, weight))
     torch.testing.assert_close(banded.transpose_times(values, rows), active.transpose_times(values, rows))

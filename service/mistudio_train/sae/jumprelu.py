@@ -78,7 +78,7 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
             pre_BF = self._pre(centred_BD)
             near = active_above(pre_BF, self.threshold - self.bandwidth / 2)
             values_N = near.scores(pre_BF, centred_BD, self.W_enc, self.b_enc)
-            active = near.zero_unless(~(values_N <= near.per_place(self.threshold)))  # what is no number shows
+            active = near.zero_below(values_N, self.threshold)
         values_N = encode_at(active, values_N, centred_BD, self.b_dec, self.W_enc, self.b_enc)
         acts_N, number = jump_relu(active, values_N, self.threshold, self.bandwidth)
         l0 = number / len(z_BD)

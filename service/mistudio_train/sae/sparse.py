@@ -107,9 +107,9 @@ class Active:
         row_starts = torch.searchsorted(rows_N, every_row, out_int32=True)
         return Active(row_starts, self.latents_N[order_N], self.d_sae), order_N
 
-    def zero_unless(self, which_N: Tensor) -> "Active":
-        """The same places, where values are zero wherever the condition does not hold."""
-        return Banded(self, which_N)
+    def zero_below(self, scores_N: Tensor, floor_F: Tensor) -> "Active":
+        """The same places, with values that are zero where these are not above their latent's floor."""
+        return Banded(self, ~(scores_N <= self.per_place(floor_F)))
 
     def scores(self, pre_BF: Tensor, centred_BD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
         """The values of `pre_BF` = centred @ weightᵀ + bias at the places, anew where that matrix is a rounded one."""
@@ -253,8 +253,8 @@ class Everywhere(Active):
         """The matrix."""
         return matrix_BF.view_as(matrix_BF)
 
-    def zero_unless(self, which_N: Tensor) -> Active:
-        """All of it, for dense products do not mind."""
+    def zero_below(self, scores_BF: Tensor, floor_F: Tensor) -> Active:
+        """All of it: dense products do not mind."""
         return self
 
     def scores(self, pre_BF: Tensor, centred_BD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
