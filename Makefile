@@ -22,7 +22,7 @@ CREATE = "$(PYTHON)" -m venv $(VENV)
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check
 endif
 
-.PHONY: help demo test test-gpu test-containers test-chaos chaos chaos-points bench-queue bench-long-job bench-fuzz bench-outages bench-step check stack stack-down up down schemas
+.PHONY: help demo test test-gpu test-containers test-chaos chaos chaos-points bench-queue bench-long-job bench-fuzz bench-outages bench-step bench-gpu check stack stack-down up down schemas
 
 help: ## What there is
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18

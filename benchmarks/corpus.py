@@ -21,7 +21,6 @@ mixing buffer of 64 contexts, for more mixing; and no special tokens in training
 """
 
 import argparse
-import asyncio
 import json
 import multiprocessing
 import os
@@ -42,9 +41,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
+from benchmarks.one_job import done, spec_of
 from mistudio_schemas import BatchTopKSAE, TrainRequested
-from mistudio_train.messages import ChildMessage, Finished, JobSpec, Lease, Logging, Progress, Warned
-from mistudio_train.worker.child import Child
+from mistudio_train.messages import ChildMessage, Progress, Warned
 
 if TYPE_CHECKING:  # each side's process imports this module, and is to import of the libraries what it needs itself
     from torch import Tensor
@@ -69,8 +68,6 @@ CONTEXTS_IN_BUFFER: Final = 64
 NORM_BATCHES: Final = 2
 """That SAELens reads for its scale; its default, 1000, is more than the whole corpus."""
 ROWS_AT_ONCE: Final = 4096
-STALL_SECONDS: Final = 600.0
-BUNDLE_BYTES: Final = 8 * 1024**3
 Say = Callable[[str], None]
 
 
@@ -199,26 +196,8 @@ def request_of(setting: Setting, corpus: Path, seed: int) -> TrainRequested:
 
 def ours(setting: Setting, corpus: Path, seed: int, folder: Path, say: Say) -> tuple[int, Phases]:
     """The worker's child does a job; its SAE lies in `folder/output/sae`. Also the number of rows trained on."""
-    spec = JobSpec(
-        job_id="corpus",
-        run=1,
-        attempt=1,
-        request=request_of(setting, corpus, seed),
-        corpus=corpus,
-        workspace=folder,
-        lease=Lease(None),
-        uri_prefix=f"{folder.as_uri()}/",
-        bundle_max_bytes=BUNDLE_BYTES,
-        model_folders=(setting.model.parent,),
-        logging=Logging("WARNING"),
-    )
     phases = Phases(say)
-    rows = asyncio.run(_done(spec, phases)).saes[0].rows
-    assert rows is not None  # a result of token pooling says what its rows are
-    return rows.training, phases
 
-
-async def _done(spec: JobSpec, phases: Phases) -> Finished:
     def hear(message: ChildMessage) -> None:
         match message:
             case Progress():
@@ -226,10 +205,11 @@ async def _done(spec: JobSpec, phases: Phases) -> Finished:
             case Warned():
                 phases.say(f"  warned: {message.message}")
 
-    async with Child(spec, STALL_SECONDS, STALL_SECONDS) as child:
-        finished = await child.result(hear)
-        phases.end()
-    return finished
+    finished = done(spec_of(request_of(setting, corpus, seed), corpus, folder), hear)
+    phases.end()
+    rows = finished.saes[0].rows
+    assert rows is not None  # a result of token pooling says what its rows are
+    return rows.training, phases
 
 
 def peer(

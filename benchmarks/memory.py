@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
+from benchmarks.one_job import child_of, spec_of
 from mistudio_schemas import CorpusInfo, SAEConfig, StandardSAE, TopKSAE, TrainRequested
-from mistudio_train.messages import Failed, Finished, JobSpec, Lease, Logging, Progress
-from mistudio_train.worker.child import Child
+from mistudio_train.messages import Failed, Finished, JobSpec, Progress
 
 RESULTS: Final = Path(__file__).parent / "results" / "memory.json"
 LIMIT: Final = 1.1
@@ -40,7 +40,6 @@ LONGEST: Final = {"token": 3 * POSITIONS, "mean": 4}
 BATCH: Final = 2048
 SHUFFLE_BYTES: Final = 16 * 1024**2
 """Of the buffer that rows are shuffled in: the smaller corpus must not fit into two of them."""
-STALL_SECONDS: Final = 600.0
 SAMPLE_SECONDS: Final = 0.02
 
 
@@ -236,24 +235,11 @@ def measure(case: Case, rows: int, model: Path, folder: Path) -> Measured:
             shuffle_bytes=SHUFFLE_BYTES,
             cross_entropy_tokens=0,
         )
-        spec = JobSpec(
-            job_id="memory",
-            run=1,
-            attempt=1,
-            request=request,
-            corpus=corpus,
-            workspace=workspace / "job",
-            lease=Lease(None, 0.5),
-            uri_prefix=f"{workspace.as_uri()}/",
-            bundle_max_bytes=8 * 1024**3,
-            model_folders=(model.parent,),
-            logging=Logging("WARNING"),
-        )
-        return asyncio.run(_measured(spec))
+        return asyncio.run(_measured(spec_of(request, corpus, workspace / "job", memory_share=0.5)))
 
 
 async def _measured(spec: JobSpec) -> Measured:
-    async with Child(spec, STALL_SECONDS, STALL_SECONDS) as child:
+    async with child_of(spec) as child:
         assert child.pid is not None  # it has been started
         with _Watch(child.pid) as watch:
             async for message in child.messages():

@@ -6,16 +6,27 @@ from typing import Any
 
 import pytest
 
-from mistudio_schemas import ErrorCode
+from mistudio_schemas import (
+    BatchTopKSAE,
+    ErrorCode,
+    GatedSAE,
+    JumpReLUSAE,
+    MatryoshkaSAE,
+    SAEConfig,
+    StandardSAE,
+    TopKSAE,
+)
 from mistudio_train.errors import GpuUnavailable, ModelRefused, NotEnoughMemory
 from mistudio_train.gpu import Gpu
 from mistudio_train.messages import Lease
 from mistudio_train.training import device as devices
 from mistudio_train.training.device import OVERHEAD_CPU, Device, free_memory, leased_device
 from mistudio_train.training.memory_plan import (
+    STEP_BYTES,
     plan_memory,
     sae_training_bytes,
     trunk_shapes,
+    up_to,
     weight_bytes,
 )
 from mistudio_train.training.model_source import ModelSource, inspect
@@ -26,6 +37,7 @@ from tests.models import FAMILIES, tiny_model
 from .conftest import load_tiny, spec_of
 
 GIB = 1024**3
+SAES = (StandardSAE, TopKSAE, BatchTopKSAE, MatryoshkaSAE, JumpReLUSAE, GatedSAE)
 LLAMA_8B = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
     "num_attention_heads": 32, "vocab_size": 128256, "max_position_embeddings": 8192,
@@ -43,19 +55,28 @@ def gpu(free_gib: float, capability: str = "8.6") -> Device:
     return Device("cuda:0", free, Gpu(0, "G", capability, free, 0, free, 0.0))
 
 
+@pytest.mark.parametrize("layer", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_planned_parameters_are_those_that_are_loaded(tmp_path: Path, family: str) -> None:
+def test_the_planned_parameters_are_those_that_are_kept(tmp_path: Path, family: str, layer: int) -> None:
     folder = tiny_model(family, tmp_path / family)
     shapes = trunk_shapes(inspect(str(folder), folders=[tmp_path]))
-    planned = weight_bytes(shapes, "float32", "none")
-    loaded = load_tiny(folder, [Site(3)])
+    planned = weight_bytes(up_to(layer, shapes), "float32", "none")
+    loaded = load_tiny(folder, [Site(layer)])
     actual = 4 * sum(weight.numel() for name, weight in loaded.trunk.named_parameters() if "pooler" not in name)
     assert planned == pytest.approx(actual, rel=0.05)
 
 
-def test_an_saes_bytes_are_seven_copies_of_its_parameters_and_eight_of_a_batch() -> None:
-    parameters = 2 * 10 * 30 + 30 + 10
-    assert sae_training_bytes(d_in=10, d_sae=30, batch_size=7) == 4 * (7 * parameters + 8 * 7 * 40)
+def test_an_saes_bytes_are_copies_of_its_parameters_and_of_a_batch() -> None:
+    parameters, sae = 2 * 10 * 30 + 30 + 10, JumpReLUSAE()
+    on_gpu = sae_training_bytes(sae, d_in=10, d_sae=30, batch_size=7, on_cpu=False)
+    assert on_gpu == 4 * (7 * parameters + 8 * 7 * 40)
+    on_cpu = sae_training_bytes(sae, d_in=10, d_sae=30, batch_size=7, on_cpu=True)
+    assert on_cpu == STEP_BYTES + int(4 * (6.2 * parameters + 2.2 * 7 * 30 + 5 * 7 * 10))
+
+
+@pytest.mark.parametrize("sae", [sae() for sae in SAES], ids=lambda sae: sae.kind)
+def test_every_kind_has_its_bytes(sae: SAEConfig) -> None:
+    assert sae_training_bytes(sae, 10, 1000, 7, on_cpu=True) > sae_training_bytes(sae, 10, 500, 7, on_cpu=True)
 
 
 def test_quantised_weights_are_the_matrices_but_not_the_embeddings() -> None:
@@ -70,8 +91,8 @@ def test_an_sae_that_does_not_fit_is_refused_from_the_config_alone(tmp_path: Pat
     with pytest.raises(NotEnoughMemory) as caught:
         plan_memory(source, spec)
     assert caught.value.code is ErrorCode.MEMORY_INSUFFICIENT
-    # 2 * 4096 * 32768 parameters, seven times in fp32, are 7 GiB; the process itself has 0.68, a batch of 16 0.02.
-    assert "The SAE needs 7.70 GiB" in str(caught.value)
+    # 2 * 4096 * 32768 parameters, four times in fp32, are 4 GiB; the process itself has 0.81, a batch of 16 0.05.
+    assert "The SAE needs 4.86 GiB" in str(caught.value)
     assert "3.00 GiB are available" in str(caught.value)
     assert "hidden_dim" in caught.value.hint
     assert plan_memory(source, spec, Device("cpu", 8 * GIB)).planned_bytes <= 8 * GIB
@@ -88,7 +109,8 @@ def test_the_largest_of_several_saes_counts_and_of_the_others_their_weights(tmp_
     source = config_only(tmp_path / "m", **LLAMA_8B | {"num_hidden_layers": 1, "vocab_size": 10})
     saes = [{"kind": "standard", "hidden_dim": 128 * (i + 1), "name": f"s{i}"} for i in range(3)]
     plan = plan_memory(source, spec_of(tmp_path / "m", tmp_path, saes=saes))
-    assert plan.sae_bytes == sae_training_bytes(4096, 384, 16) + 4 * 2 * 4096 * (128 + 256)
+    largest = sae_training_bytes(StandardSAE(), 4096, 384, 16, on_cpu=True)
+    assert plan.sae_bytes == largest + 4 * 2 * 4096 * (128 + 256)
 
 
 @pytest.mark.parametrize(
@@ -108,9 +130,9 @@ def test_a_cpu_has_the_buffers_that_rows_are_shuffled_in(
     (tmp_path / "corpus.txt").write_bytes(b"x" * size)
     asked = {"hidden_dim": 128, "corpus_file": corpus, **fields}
     spec = spec_of(tmp_path / "m", tmp_path, **asked)  # type: ignore[arg-type]
-    alone = sae_training_bytes(4096, 128, 16)
-    assert plan_memory(source, spec, Device("cpu", 64 * GIB)).sae_bytes == alone + expected
-    assert plan_memory(source, spec, gpu(40)).sae_bytes == alone
+    on_gpu, on_cpu = (sae_training_bytes(StandardSAE(), 4096, 128, 16, on_cpu=on_cpu) for on_cpu in (False, True))
+    assert plan_memory(source, spec, Device("cpu", 64 * GIB)).sae_bytes == on_cpu + expected
+    assert plan_memory(source, spec, gpu(40)).sae_bytes == on_gpu
 
 
 @pytest.mark.parametrize(
@@ -212,3 +234,13 @@ def test_damaged_weights_are_refused_by_their_head(tmp_path: Path, content: byte
     with pytest.raises(ModelRefused) as caught:
         plan_memory(inspect(str(folder), folders=[tmp_path]), spec_of(folder, tmp_path))
     assert caught.value.code is ErrorCode.MODEL_LOAD_FAILED
+
+
+def test_weights_that_a_cpu_computes_with_as_they_are_stored_take_no_memory_twice(tmp_path: Path) -> None:
+    stored = {dtype: config_only(tmp_path / dtype, **LLAMA_8B | {"dtype": dtype}) for dtype in ("float32", "bfloat16")}
+    as_stored, converted = (
+        plan_memory(source, spec_of(tmp_path / dtype, tmp_path, layer_number=3), Device("cpu", 64 * GIB))
+        for dtype, source in stored.items()
+    )
+    assert as_stored.model_bytes < converted.model_bytes / 4  # four blocks of 32, and the embeddings
+    assert converted.planned_bytes >= converted.model_bytes + OVERHEAD_CPU

@@ -22,6 +22,8 @@ DECODER_RATE = 2.0
 """The decoder's learning rate by the others': its rows have norm 1, where those of others begin at 0.1 and turn sooner.
 This, the encoder's smaller start, and a clipping that truly clips, are from a language model's rows: the FVU of `topk`
 after 189 steps was 0.168 without them and is 0.156 (`benchmarks/quality`)."""
+SAMPLE_AT_ONCE = 1024
+"""Rows whose double precision is held at a time."""
 RESAMPLED_NORM = 0.5
 """Of the mean encoder norm, where a latent begins anew: with Bricken et al.'s 0.2 the kinds that choose the largest
 latents do not choose it, and a third were dead again."""
@@ -77,9 +79,12 @@ class ScaledAutoencoder(SparseAutoencoder):
     @torch.no_grad()
     def prepare(self, sample_ND: Tensor) -> None:
         """Set s and b_dec from `sample_ND`; a sample without variance leaves s at 1."""
-        rows_ND = sample_ND.double()
-        centre_D = rows_ND.mean(0) if self.b_dec_init == "mean" else geometric_median(rows_ND)
-        mean_square = (rows_ND - centre_D).square().mean()
+        some = sample_ND.split(SAMPLE_AT_ONCE)  # type: ignore[no-untyped-call]
+        if self.b_dec_init == "mean":
+            centre_D = sum(rows_BD.double().sum(0) for rows_BD in some) / len(sample_ND)
+        else:
+            centre_D = geometric_median(sample_ND.double())
+        mean_square = sum((rows_BD.double() - centre_D).square().sum() for rows_BD in some) / sample_ND.numel()
         scale = torch.where(mean_square > 0, mean_square.rsqrt(), torch.ones_like(mean_square))
         self.scale.copy_(scale)
         self.b_dec.copy_(centre_D * scale)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Literal
 
-from mistudio_schemas import TrainRequested
+from mistudio_schemas import SAEConfig, StandardSAE, TrainRequested
 from mistudio_train.errors import NotEnoughMemory
 from mistudio_train.gpu import Gpu
 from mistudio_train.messages import JobSpec
@@ -16,17 +16,15 @@ from mistudio_train.messages import JobSpec
 from .device import Device, leased_device
 from .model_source import ModelSource
 from .recommendations import recommendations
+from .sites import resolve_sites
 
 GIB: Final = 1024**3
 Dtype = Literal["float32", "bfloat16", "float16"]
 BYTES: Final[dict[Dtype, int]] = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4_BYTES: Final = 0.52
 """A 4-bit weight with its doubly quantised scales."""
-SAE_COPIES: Final = 7
-"""fp32 copies of an SAE in training, as measured: weights, gradients, two moments of Adam, and of the decoder its
-transpose with its gradient, twice where dead latents have a loss of their own."""
-SAE_BATCH_COPIES: Final = 8
-"""fp32 matrices of rows by latents that a step holds at once, as measured."""
+STEP_BYTES: Final = 16 * 1024**2
+"""Of a training on a CPU besides `Copies`."""
 BATCH_OF_TOKENS, BATCH_OF_MEANS = 1024, 256
 """Rows a step where the request does not say."""
 LOGITS_BYTES: Final = 256 * 1024**2
@@ -36,6 +34,39 @@ MAX_TOKENS_CPU: Final = 2048
 MAX_TOKENS_GPU: Final = 65536
 LARGE_PARAMETERS: Final = 2_000_000_000
 """A model of so many parameters is reported as large (the seed's list begins there, with Phi-2)."""
+
+
+@dataclass(frozen=True)
+class Copies:
+    """How many fp32 matrices a training holds at its peak: of some shapes, on average, what is kept unused included."""
+
+    parameters: float
+    """As large as all parameters: weights, gradients, Adam's two moments, and what a step makes of them."""
+    places: float
+    """[batch, d_sae]."""
+    rows: float
+    """[batch, d_in]."""
+
+    def bytes(self, d_in: int, d_sae: int, batch_size: int) -> int:
+        """Of the training of an SAE."""
+        parameters = 2 * d_in * d_sae + d_sae + d_in
+        places, rows = batch_size * d_sae, batch_size * d_in
+        return int(4 * (self.parameters * parameters + self.places * places + self.rows * rows))
+
+
+COPIES_GPU: Final = Copies(7, 8, 8)
+"""Of any kind, and safe for all."""
+COPIES_CPU: Final = {
+    "topk": Copies(7.7, 1.1, 2),
+    "batchtopk": Copies(7.5, 1.4, 3.5),
+    "matryoshka": Copies(6.2, 1.3, 47),
+    "jumprelu": Copies(6.2, 2.2, 5),
+    "gated": Copies(5, 12.3, 15),
+    "standard": Copies(4, 15, 0),
+    "decoder_norm": Copies(6, 5.6, 0),
+}
+"""Fitted to processes that did nothing else (`benchmarks/step_memory.py`). Kinds that may begin with half of their
+latents active hold dense matrices then, and as many again in pieces that the C library keeps for the next step."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +81,7 @@ class MemoryPlan:
     tokens_per_batch: int
     """Tokens of a forward pass, padding included."""
     model_bytes: int
+    """Of the weights while they are loaded; those behind the deepest site are freed then."""
     sae_bytes: int
     """Of the largest SAE in training."""
     planned_bytes: int
@@ -83,19 +115,22 @@ def plan_memory(source: ModelSource, spec: JobSpec, device: Device | None = None
     length = source.sequence_limit(spec.request.max_sequence_length)
     dtype = _dtype(spec.request.dtype, device.gpu)
     shapes = trunk_shapes(source, spec.token)
+    deepest = max(site.layer for site in resolve_sites(spec.request, source.total_layers).distinct)
     per_token = bytes_per_token(source, dtype, length)
     sae_bytes = saes_bytes(source.d_in, spec, on_cpu=device.gpu is None)
     room = device.available_bytes - device.overhead
     quantization = _quantization(spec.request.quantization, device, shapes, dtype, room - length * per_token)
-    model_bytes = weight_bytes(shapes, dtype, quantization)
-    needed = max(model_bytes + length * per_token, sae_bytes)
+    kept_bytes = weight_bytes(up_to(deepest, shapes), dtype, quantization)
+    model_bytes = kept_bytes if _is_mapped(source, device, dtype) else weight_bytes(shapes, dtype, quantization)
+    needed = max(model_bytes, kept_bytes + length * per_token, sae_bytes)
     if needed > room:
         raise _too_large(needed + device.overhead, device, sae_bytes >= needed)
     cap = MAX_TOKENS_GPU if device.gpu else MAX_TOKENS_CPU
-    tokens = max(length, _power_of_two(min(cap, (room - model_bytes) // per_token)))
+    tokens = max(length, _power_of_two(min(cap, (room - kept_bytes) // per_token)))
     wants_splices, splicing = _splicing(spec.request), splicing_bytes(source, spec, dtype, quantization)
     splices = wants_splices and splicing <= room
-    planned = device.overhead + max(model_bytes + tokens * per_token, sae_bytes, splicing if splices else 0)
+    extracting = kept_bytes + tokens * per_token
+    planned = device.overhead + max(model_bytes, extracting, sae_bytes, splicing if splices else 0)
     plan = MemoryPlan(
         device.name, dtype, quantization, tokens, model_bytes, sae_bytes, planned, device.available_bytes,
         sum(map(_size, shapes.values())), splices=splices, warnings=_warnings(spec.request.quantization, quantization),
@@ -114,6 +149,18 @@ def trunk_shapes(source: ModelSource, token: str | None = None) -> dict[str, tup
     if source.config.get("is_encoder_decoder"):
         skipped = (*skipped, "decoder.", "model.decoder.")
     return {name: shape for name, shape in shapes.items() if not name.startswith(skipped)}
+
+
+def up_to(layer: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Without the blocks behind a layer: a block's weights have its number as the first one in their names."""
+    numbers = {name: re.search(r"(?:^|\.)(\d+)\.", name) for name in shapes}
+    return {name: shapes[name] for name, number in numbers.items() if number is None or int(number[1]) <= layer}
+
+
+def _is_mapped(source: ModelSource, device: Device, dtype: Dtype) -> bool:
+    """Whether weights stay in their files until they are used: on a CPU that computes in what they are stored in."""
+    stored = source.text_config.get("dtype") or source.text_config.get("torch_dtype")
+    return device.gpu is None and stored == dtype
 
 
 def splicing_bytes(source: ModelSource, spec: JobSpec, dtype: Dtype, quantization: str) -> int:
@@ -150,9 +197,9 @@ def saes_bytes(d_in: int, spec: JobSpec, *, on_cpu: bool) -> int:
     rows are shuffled in.
     """
     request, batch = spec.request, BATCH_OF_MEANS if spec.request.pooling == "mean" else BATCH_OF_TOKENS
-    saes = [(sae.hidden_dim or 0, sae.batch_size or batch) for sae in request.resolved_saes()]
-    training = max(sae_training_bytes(d_in, d_sae, rows) for d_sae, rows in saes)
-    done = 4 * 2 * d_in * (sum(d_sae for d_sae, _ in saes) - max(d_sae for d_sae, _ in saes))
+    saes = [(sae, sae.hidden_dim or 0) for sae in request.resolved_saes()]
+    training = max(sae_training_bytes(sae, d_in, d_sae, sae.batch_size or batch, on_cpu=on_cpu) for sae, d_sae in saes)
+    done = 4 * 2 * d_in * (sum(d_sae for _, d_sae in saes) - max(d_sae for _, d_sae in saes))
     return training + done + (_buffer_bytes(d_in, spec) if on_cpu else 0)
 
 
@@ -164,10 +211,12 @@ def _buffer_bytes(d_in: int, spec: JobSpec) -> int:
     return min(most, 4 * d_in * min(tokens, request.token_budget or tokens))
 
 
-def sae_training_bytes(d_in: int, d_sae: int, batch_size: int) -> int:
-    """Bytes of an SAE in training: its parameters with all their copies, and a step's matrices."""
-    parameters = 2 * d_in * d_sae + d_sae + d_in
-    return 4 * (SAE_COPIES * parameters + SAE_BATCH_COPIES * batch_size * (d_sae + d_in))
+def sae_training_bytes(sae: SAEConfig, d_in: int, d_sae: int, batch_size: int, *, on_cpu: bool) -> int:
+    """Bytes of an SAE in training."""
+    if not on_cpu:
+        return COPIES_GPU.bytes(d_in, d_sae, batch_size)
+    kind = "decoder_norm" if isinstance(sae, StandardSAE) and sae.penalty == "decoder_norm" else sae.kind
+    return STEP_BYTES + COPIES_CPU[kind].bytes(d_in, d_sae, batch_size)
 
 
 def _dtype(asked: str, gpu: Gpu | None) -> Dtype:
