@@ -37,8 +37,10 @@ HELD_OUT_ROWS = 4096
 """So many are enough for a curve."""
 HELD_OUT_POINTS, LEAST_STEPS_BETWEEN = 20, 50
 """Of the curve; a point costs about as much as a step."""
-JUDGED_AT_ONCE = 1 << 22
-"""Activations that are held at once while a point is made."""
+JUDGED_AT_ONCE = 1 << 23
+"""Numbers in fp32 that are held at once while a point is made: activations, and rows with what is made of them."""
+JUDGED_COPIES = 16
+"""Of rows: eight in double precision."""
 
 
 class Rows(Protocol):
@@ -346,7 +348,7 @@ def _judged(trainer: Trainer, held_out: Tensor) -> HeldOutFigures:
     """The SAE as it is now, on these rows."""
     sae = trainer.sae
     statistics = FeatureStatistics(sae.d_sae, sae.d_in, trainer.device)
-    for x_BD in held_out.split(max(1, JUDGED_AT_ONCE // sae.d_sae)):  # type: ignore[no-untyped-call]
+    for x_BD in held_out.split(max(1, JUDGED_AT_ONCE // (sae.d_sae + JUDGED_COPIES * sae.d_in))):  # type: ignore[no-untyped-call]
         x_BD = x_BD.to(trainer.device)
         acts_BF = sae.encode(x_BD)
         statistics.update(x_BD, sae.decode(acts_BF), acts_BF)
