@@ -20,6 +20,8 @@ MOST_RATES: Final = 9
 GAP: Final = 2.0
 """Between neighbours that are interpolated between, the higher L0 is at most so many times the lower."""
 MOST_COEFFICIENTS: Final = 10
+FAR: Final = 4.0
+"""An L0 that is so many times too high or too low: the next coefficient is three steps away, not one."""
 HOPELESS: Final = 1.25
 """With so many times the best FVU, and more active latents than are wanted, a learning rate is given up."""
 NOTHING_LEARNED: Final = 0.9
@@ -74,10 +76,12 @@ def next_coefficient(
         return start
     if len(l0s) >= MOST_COEFFICIENTS:
         return None
-    if min(l0s.values()) > low:  # beyond all that were tried, also where an L0 hardly depends on them
-        return min(l0s) / denser if denser > 1 else max(l0s) / denser
-    if max(l0s.values()) < high:
-        return max(l0s) * denser if denser > 1 else min(l0s) * denser
+    if (least := min(l0s.values())) > low:  # beyond all that were tried, also where an L0 hardly depends on them
+        step = denser ** (3 if least > FAR * low else 1)
+        return min(l0s) / step if denser > 1 else max(l0s) / step
+    if (most := max(l0s.values())) < high:
+        step = denser ** (3 if most < high / FAR else 1)
+        return max(l0s) * step if denser > 1 else min(l0s) * step
     for (one, l0), (other, next_l0) in pairwise(sorted(l0s.items(), key=lambda one: one[1])):
         between = math.sqrt(one * other)
         if next_l0 > low and l0 < high and next_l0 > GAP * l0 and between not in l0s:

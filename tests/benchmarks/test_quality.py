@@ -59,6 +59,14 @@ def test_coefficients_lie_on_both_sides_of_what_is_wanted_without_wide_gaps() ->
     assert next_coefficient({2.0**n: 1.0 for n in range(10)}, 14, 70, start=5, denser=1 / 3) is None
 
 
+def test_a_search_that_begins_far_away_gets_there() -> None:
+    l0s: dict[float, float] = {}
+    while (coefficient := next_coefficient(l0s, 32, 32, start=3e5, denser=1 / 3)) is not None:
+        l0s[coefficient] = 30 / coefficient  # SAELens' `jumprelu` wants 300,000 at one learning rate and 1 at another
+    assert min(l0s.values()) <= 32 <= max(l0s.values())
+    assert len(l0s) < 10
+
+
 def test_a_search_ends_where_the_l0_does_not_depend_on_the_coefficient() -> None:
     l0s: dict[float, float] = {}
     while (coefficient := next_coefficient(l0s, 14, 70, start=5, denser=1 / 3)) is not None:
