@@ -37,7 +37,7 @@ HELD_OUT_ROWS = 4096
 """So many are enough for a curve."""
 HELD_OUT_POINTS, LEAST_STEPS_BETWEEN = 20, 50
 """Of the curve; a point costs about as much as a step."""
-JUDGED_AT_ONCE = 1 << 23
+JUDGED_AT_ONCE = 1 << 22
 """Numbers in fp32 that are held at once while a point is made: activations, and rows with what is made of them."""
 JUDGED_COPIES = 16
 """Of rows: eight in double precision."""
