@@ -242,9 +242,15 @@ def cases(widths: list[int], kinds: list[str], d: int, batch: int, k: int) -> It
 
 
 def _keep(measured: list[Measured], about: str, to: Path) -> None:
-    figures = {"about": about, "torch": torch.__version__, "steps": [asdict(one) for one in measured]}
+    """Those of other cases stay in the file, if they are of the same machine and settings."""
+    about_all = {"about": about, "torch": torch.__version__}
+    before: dict[str, Any] = json.loads(to.read_text()) if to.exists() else {}
+    stay = before["steps"] if before.items() >= about_all.items() else []
+    steps = [asdict(one) for one in measured]
+    new = [step["case"] for step in steps]
+    steps = [step for step in stay if step["case"] not in new] + steps
     to.parent.mkdir(parents=True, exist_ok=True)
-    to.write_text(json.dumps(figures, indent=2) + "\n")
+    to.write_text(json.dumps(about_all | {"steps": steps}, indent=2) + "\n")
 
 
 def show(measured: list[Measured], console: Console) -> None:
@@ -292,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=get_args(Precision), default="auto", help="ours")
     parser.add_argument("--profile", action="store_true", help="show where ours spends its time, too")
     parser.add_argument("--no-peer", action="store_true", help="without SAELens")
-    parser.add_argument("--to", type=Path, default=RESULTS, help="JSON file of the figures")
+    parser.add_argument("--to", type=Path, default=RESULTS, help="JSON file of the figures, added to")
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # SAELens' libraries'
     console = Console(width=126, highlight=False)
