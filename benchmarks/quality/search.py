@@ -89,6 +89,16 @@ def next_coefficient(
     return None
 
 
+def beginning(nearby: Mapping[float, Figures], wanted: float) -> float | None:
+    """The coefficient that a neighbouring learning rate was nearest to the L0 with, if it came near and learned."""
+
+    def distance(coefficient: float) -> float:
+        return abs(math.log(nearby[coefficient]["validation_l0"] / wanted))
+
+    learned = (tried for tried, figures in nearby.items() if figures["validation_fvu"] < NOTHING_LEARNED)
+    return min((tried for tried in learned if distance(tried) < math.log(FAR)), key=distance, default=None)
+
+
 def hopeless(points: Iterable[Figures], wanted: float, best: float) -> bool:
     """Whether one has more active latents than are wanted, and is so bad that with fewer it could not be the best.
 

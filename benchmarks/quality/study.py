@@ -11,7 +11,7 @@ from typing import Final
 from benchmarks.quality.data import SHAPES
 from benchmarks.quality.figures import Figures
 from benchmarks.quality.runs import NotThere, Runs
-from benchmarks.quality.search import at_l0, best_rate, hopeless, next_coefficient, next_rate
+from benchmarks.quality.search import at_l0, beginning, best_rate, hopeless, next_coefficient, next_rate
 from benchmarks.quality.sides import BY_COEFFICIENT, DEFAULT_RATE, SIDES, Run
 
 DEFAULTS_SEEDS: Final = 2
@@ -103,8 +103,7 @@ class Study:
         """On either side of the middle one of the wanted L0s, unless it is seen to be hopeless before."""
         middle = self.shape.middle
         nearby = others[min(others, key=lambda other: abs(math.log(other / lr)))] if others else {}
-        start = min(nearby, key=lambda tried: abs(math.log(nearby[tried]["validation_l0"] / middle)), default=None)
-        return self._bracketed(side, lr, (middle, middle), {}, start, best)
+        return self._bracketed(side, lr, (middle, middle), {}, beginning(nearby, middle), best)
 
     def _at_middle(self, points: Points) -> float:
         """The FVU of validation rows; infinite where the L0 was not reached, or given up."""

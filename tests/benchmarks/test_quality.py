@@ -16,7 +16,7 @@ from benchmarks.quality import runs as quality_runs
 from benchmarks.quality.data import SHAPES, Shape, Truth, data_of, toy
 from benchmarks.quality.figures import figures_of, recovery, set_threshold
 from benchmarks.quality.runs import NotThere, Runs
-from benchmarks.quality.search import at_l0, hopeless, interval, next_coefficient, next_rate
+from benchmarks.quality.search import at_l0, beginning, hopeless, interval, next_coefficient, next_rate
 from benchmarks.quality.sides import KINDS, SIDES, Run, trained
 from torch import Tensor
 
@@ -65,6 +65,13 @@ def test_a_search_that_begins_far_away_gets_there() -> None:
         l0s[coefficient] = 30 / coefficient  # SAELens' `jumprelu` wants 300,000 at one learning rate and 1 at another
     assert min(l0s.values()) <= 32 <= max(l0s.values())
     assert len(l0s) < 10
+
+
+def test_a_rate_begins_where_its_neighbour_came_near_and_learned() -> None:
+    found = {5.0: (200, 0.1), 15.0: (60, 0.2), 45.0: (33, 0.95), 135.0: (20, 0.3)}
+    nearby = {tried: {"validation_l0": float(l0), "validation_fvu": fvu} for tried, (l0, fvu) in found.items()}
+    assert beginning(nearby, 32) == 135
+    assert beginning({5.0: nearby[5.0], 45.0: nearby[45.0]}, 32) is None
 
 
 def test_a_search_ends_where_the_l0_does_not_depend_on_the_coefficient() -> None:

@@ -6,17 +6,22 @@ gradients, are `sparse`'s. Where they are not `AVAILABLE` no product here may be
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Callable
 from functools import cache, wraps
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, Final, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 COMPILERS: Final = ("cc", "gcc", "clang")
-AVAILABLE: Final = find_spec("triton") is not None and (
-    "CC" in os.environ or any(map(shutil.which, COMPILERS))  # which Triton builds its launchers with
+AVAILABLE: Final = (
+    find_spec("triton") is not None
+    # which Triton builds its launchers with: a C compiler, and Python's own headers, a package apart on some systems
+    and ("CC" in os.environ or any(map(shutil.which, COMPILERS)))
+    and Path(sysconfig.get_path("include"), "Python.h").exists()
 )
 PLACES_AT_ONCE: Final = 8
 """Rows of the dense matrix that are on their way to a program at a time."""
