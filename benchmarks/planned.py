@@ -62,13 +62,8 @@ def compare(name: str, fields: dict[str, Any], model: Path, corpus: Path) -> Com
         spec = spec_of(request, corpus, Path(folder))
         finished = done(spec)
         metadata = json.loads((spec.output / "metadata.json").read_text())
-        return Compared(name, planned_bytes(metadata), finished.memory_peak_bytes)
-
-
-def planned_bytes(metadata: dict[str, Any]) -> int:
-    """Of the job whose metadata this is."""
-    planned: int = metadata["memory_optimizations_applied"]["planned_bytes"]
-    return planned
+        planned = metadata["memory_optimizations_applied"]["planned_bytes"]
+        return Compared(name, planned, finished.memory_peak_bytes)
 
 
 def show(compared: list[Compared], console: Console) -> None:

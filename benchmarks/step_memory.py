@@ -30,7 +30,7 @@ from mistudio_schemas import (
     TopKSAE,
     TrainRequested,
 )
-from mistudio_train.training.memory_plan import STEP_BYTES, sae_training_bytes
+from mistudio_train.training.memory_plan import STEP_BYTES, Copies, sae_training_bytes
 
 KINDS: Final[dict[str, Callable[..., SAEConfig]]] = {
     "topk": TopKSAE,
@@ -52,6 +52,7 @@ SHAPES: Final = (
 """Width of a row, latents, rows a step."""
 STEPS: Final = 12
 """After so many no kind takes more."""
+ONE_OF_EACH: Final = (Copies(1, 0, 0), Copies(0, 1, 0), Copies(0, 0, 1))
 BASE: Final = 900.0
 """MB of the process besides, that errors are weighed with: it is the whole that is planned."""
 
@@ -67,10 +68,9 @@ class Taken:
     megabytes: float
 
     @property
-    def matrices(self) -> tuple[float, float, float]:
+    def matrices(self) -> list[float]:
         """Megabytes of the three of `Copies`, once."""
-        parameters = 2 * self.d * self.m + self.m + self.d
-        return tuple(4e-6 * size for size in (parameters, self.batch * self.m, self.batch * self.d))  # type: ignore[return-value]
+        return [copies.bytes(self.d, self.m, self.batch) / 1e6 for copies in ONE_OF_EACH]
 
     @property
     def planned(self) -> float:
