@@ -72,7 +72,15 @@ class ScheduledFields(SAEFields):
     of a mean-pooled job 10."""
 
 
-class StandardSAE(ScheduledFields):
+class PenaltyFields(ScheduledFields):
+    """What the kinds have that a penalty makes sparse: each latent is active above a threshold."""
+
+    pre_act_coeff: float | None = Field(None, ge=0)
+    """Weight of the loss by which dead latents rise to their thresholds; 0: off; `null`: 0.03, but off for a
+    mean-pooled job of fewer than 20,000 rows."""
+
+
+class StandardSAE(PenaltyFields):
     """The seed's SAE: ReLU, `MSE(x, x_hat) + sparsity_coeff * mean(|h|)`, Xavier start, encoder bias -0.1.
 
     With `penalty` `decoder_norm` the one of Conerly et al. 2024 ("Update on how we train SAEs"), trained like the other
@@ -103,7 +111,7 @@ class StandardSAE(ScheduledFields):
         if self.penalty == "mean":
             if (self.sparsity_coeff or 0) > 1:
                 raise ValueError("Sparsity coefficient should be <= 1.0")
-            schedule = (name for name in ScheduledFields.model_fields if name not in SAEFields.model_fields)
+            schedule = (name for name in PenaltyFields.model_fields if name not in SAEFields.model_fields)
             others = (*(name for name in schedule if name not in ("learning_rate", "batch_size")), "sparsity_warmup")
         given = [name for name in others if getattr(self, name) != mine[name].default]
         if given:
@@ -166,7 +174,7 @@ class MatryoshkaSAE(BatchKSparseFields):
         return value
 
 
-class JumpReLUSAE(ScheduledFields):
+class JumpReLUSAE(PenaltyFields):
     """A threshold of its own for every latent, learned (Rajamanoharan et al. 2024, arXiv:2407.14435)."""
 
     kind: Literal["jumprelu"] = "jumprelu"
@@ -182,7 +190,7 @@ class JumpReLUSAE(ScheduledFields):
     """Of every latent, in the same units."""
 
 
-class GatedSAE(ScheduledFields):
+class GatedSAE(PenaltyFields):
     """Tells apart whether a latent is active and how much (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
 
     kind: Literal["gated"] = "gated"

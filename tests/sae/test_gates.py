@@ -130,6 +130,51 @@ def test_jumps_and_their_estimates_by_hand(everywhere: bool) -> None:
     assert by_threshold.tolist() == pytest.approx([-5, -5])
 
 
+@of_each_kind
+@pytest.mark.parametrize("lifts", [0.0, 0.7])
+def test_dead_latents_are_lifted_as_the_formula_says(config: SAEConfig, lifts: float) -> None:
+    sae = built(config.model_copy(update={"pre_act_coeff": lifts, "aux_k_coeff": 0.0})).double()
+    x, dead = rows(BATCH).double(), torch.arange(D_SAE) % 3 == 0
+    with torch.no_grad():
+        sae.b_enc[:20] -= 2.0  # some below on all rows, some on a few
+    named = dict(sae.named_parameters())
+    alone = sae.step(StepInput(x, 0, 1))
+    plain = torch.autograd.grad(alone.loss, list(named.values()), allow_unused=True)
+    output = sae.step(StepInput(x, 0, 1, dead))
+    found = torch.autograd.grad(output.loss, list(named.values()), allow_unused=True)
+    pre = (x * sae.scale - sae.b_dec.detach()) @ sae.W_enc.T + sae.b_enc
+    height = sae.threshold if isinstance(sae, JumpReLUAutoencoder) else 0
+    lack = lifts * ((height - pre).relu() * dead).sum(1).mean() / D_IN
+    formula = torch.autograd.grad(lack, list(named.values()), allow_unused=True)
+    assert (output.sparsity_loss - alone.sparsity_loss).item() == pytest.approx(lack.item(), abs=1e-12)
+    assert lack.item() > 0 or not lifts
+    for name, by_all, by_rest, by_lack in zip(named, found, plain, formula, strict=True):
+        weight = named[name]
+        wanted = sum((part for part in (by_rest, by_lack) if part is not None), torch.zeros_like(weight))
+        torch.testing.assert_close(torch.zeros_like(weight) if by_all is None else by_all, wanted, msg=name)
+
+
+@of_each_kind
+def test_latents_below_their_thresholds_on_every_row_come_back(config: SAEConfig) -> None:
+    def revived(lifts: float) -> int:
+        sae, x = built(config.model_copy(update={"pre_act_coeff": lifts, "sparsity_coeff": 0.01})), rows(512)
+        with torch.no_grad():
+            sae.b_enc[:20] = -4.0
+        assert not (sae.encode(x)[:, :20] > 0).any()
+        recipe = Recipe(2e-2, 64, max_epochs=40, dead_after_rows=128, grad_clip=1.0)
+        trainer = Trainer(sae, recipe, rows=len(x), device="cpu", seed=0)
+        active = torch.zeros(20, dtype=torch.bool)
+        for _ in range(recipe.max_epochs):
+            for batch in batches_of(trainer):
+                trainer.step(x[batch])
+            trainer.end_epoch()
+            active |= (sae.encode(x)[:, :20] > 0).any(0)
+        return int(active.sum())
+
+    assert revived(0.0) == 0
+    assert revived(0.1) == 20
+
+
 def trained(config: SAEConfig, epochs: int, rate: float = 1e-2) -> ScaledAutoencoder:
     sae, x = built(config), rows(4096)
     recipe = Recipe(rate, 64, max_epochs=epochs, dead_after_rows=10**6, grad_clip=1.0, decay=0.2)

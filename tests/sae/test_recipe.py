@@ -4,10 +4,20 @@ import math
 
 import pytest
 
-from mistudio_schemas import BatchTopKSAE, SAEConfig, StandardSAE, TopKSAE, TrainRequested
+from mistudio_schemas import (
+    BatchTopKSAE,
+    GatedSAE,
+    JumpReLUSAE,
+    PenaltyFields,
+    SAEConfig,
+    StandardSAE,
+    TopKSAE,
+    TrainRequested,
+)
 from mistudio_train.sae.build import build_sae, recipe_for, settled
 from mistudio_train.sae.l1 import L1Autoencoder
 from mistudio_train.sae.recipe import EarlyStopping, Recipe, StopReason
+from mistudio_train.sae.scaled import ScaledAutoencoder
 from mistudio_train.sae.topk import TopKAutoencoder
 
 
@@ -70,6 +80,19 @@ def test_a_mean_pooled_job_has_defaults_of_its_own() -> None:
     many = settled(resolved(BatchTopKSAE()), rows=20_000, mean_pooled=True)
     assert isinstance(many, BatchTopKSAE)
     assert many.aux_k_coeff == 1 / 32
+
+
+@pytest.mark.parametrize("sae", [GatedSAE(), JumpReLUSAE(), StandardSAE(penalty="decoder_norm")])
+def test_dead_latents_are_lifted_unless_rows_are_few_and_pooled(sae: SAEConfig) -> None:
+    def coefficient(rows: int, mean_pooled: bool) -> float | None:
+        config = settled(resolved(sae), rows=rows, mean_pooled=mean_pooled)
+        assert isinstance(config, PenaltyFields)
+        return config.pre_act_coeff
+
+    assert (coefficient(5000, True), coefficient(20_000, True), coefficient(100, False)) == (0.0, 0.03, 0.03)
+    built = build_sae(resolved(sae.model_copy(update={"pre_act_coeff": 0.5})), d_in=4)
+    assert isinstance(built, ScaledAutoencoder)
+    assert built.pre_act_coeff == 0.5
 
 
 def test_what_was_asked_for_is_not_settled_otherwise() -> None:

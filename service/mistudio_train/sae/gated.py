@@ -15,13 +15,13 @@ from .sparse import active_above, decode_at
 
 
 class GatedAutoencoder(ScaledAutoencoder):
-    """Whether a latent is active and how much are told apart; with p, z and L_aux of `ScaledAutoencoder`.
+    """Whether a latent is active and how much are told apart; with p, z, L_aux and L_pre of `ScaledAutoencoder`.
 
         p     = W_enc (z - b_dec) + b_enc                  the gate's, π_gate there; b_enc is b_gate
         m     = e^r (p - b_enc) + b_mag                    the magnitude's
         h     = [p > 0] · ReLU(m),  ẑ = W_decᵀ h + b_dec
         ẑ_g   = Wᵀ ReLU(p) + b,  W and b being W_dec and b_dec held fixed
-        L     = mean (ẑ - z)² + λ(t) · mean over rows of Σ_f ReLU(p_f) / D + mean (ẑ_g - z)² + L_aux
+        L     = mean (ẑ - z)² + λ(t) · mean over rows of Σ_f ReLU(p_f) / D + mean (ẑ_g - z)² + L_aux + L_pre
 
     λ(t) rises linearly over the first steps. [p > 0] has no gradient: the gates learn from the other two terms. Only
     latents with p > 0 have any: all else is left out of the arithmetic behind the encoder's product.
@@ -67,6 +67,7 @@ class GatedAutoencoder(ScaledAutoencoder):
             self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * gate_N.sum(dtype=z_BD.dtype) / z_BD.numel()
             + functional.mse_loss(gate_hat_BD, z_BD)
             + self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
+            + self.pre_act_loss(pre_BF, centred_BD, inputs.dead_F)
         )
         return self.output(active, acts_N, len(z_BD), reconstruction_loss, sparsity_loss)
 

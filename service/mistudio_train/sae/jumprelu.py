@@ -22,10 +22,10 @@ THRESHOLD_RATE = 10.0
 
 
 class JumpReLUAutoencoder(ScaledAutoencoder):
-    """A threshold θ_f of its own for every latent, learned; with p, z and L_aux of `ScaledAutoencoder`.
+    """A threshold θ_f of its own for every latent, learned; with p, z, L_aux and L_pre of `ScaledAutoencoder`.
 
         h = p · [p > θ],  ẑ = W_decᵀ h + b_dec,  L0 = mean over rows of Σ_f [p_f > θ_f]
-        L = mean (ẑ - z)² + λ(t) · S + L_aux
+        L = mean (ẑ - z)² + λ(t) · S + L_aux + L_pre
         S = (L0 / target - 1)²                        with a target L0
         S = mean over rows of Σ_f tanh(4 h_f) / D     without one
 
@@ -86,6 +86,7 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
         reconstruction_loss = functional.mse_loss(z_hat_BD, z_BD)
         sparsity_loss = self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * self._penalty(acts_N, l0, len(z_BD))
         sparsity_loss = sparsity_loss + self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
+        sparsity_loss = sparsity_loss + self.pre_act_loss(pre_BF, centred_BD, inputs.dead_F, self.threshold)
         return StepOutput(
             loss=reconstruction_loss + sparsity_loss,
             reconstruction_loss=reconstruction_loss,

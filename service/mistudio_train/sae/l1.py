@@ -15,10 +15,10 @@ from .sparse import active_above, decode_at
 
 
 class L1Autoencoder(ScaledAutoencoder):
-    """With p, z and L_aux of `ScaledAutoencoder`, but decoder rows of any norm.
+    """With p, z, L_aux and L_pre of `ScaledAutoencoder`, but decoder rows of any norm.
 
         h = ReLU(p),  ẑ = W_decᵀ h + b_dec
-        L = mean (ẑ - z)² + λ(t) · mean over rows of Σ_f h_f ||W_dec,f|| / D + L_aux
+        L = mean (ẑ - z)² + λ(t) · mean over rows of Σ_f h_f ||W_dec,f|| / D + L_aux + L_pre
 
     λ(t) rises linearly over the first steps. Weighted so, the penalty does not change when a latent's encoder shrinks
     and its decoder grows: nothing has to hold the norms. Only latents with p > 0 have any gradient.
@@ -54,6 +54,7 @@ class L1Autoencoder(ScaledAutoencoder):
         penalty = (acts_F * weight_F).sum() / z_BD.numel()
         sparsity_loss = self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * penalty
         sparsity_loss = sparsity_loss + self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
+        sparsity_loss = sparsity_loss + self.pre_act_loss(pre_BF, centred_BD, inputs.dead_F)
         return self.output(active, acts_N, len(z_BD), reconstruction_loss, sparsity_loss)
 
     def encode(self, x_BD: Tensor) -> Tensor:

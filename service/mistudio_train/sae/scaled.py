@@ -1,7 +1,7 @@
 """What the kinds share that train in a scaled space: the scale and its folding, a decoder of norm 1, reviving the dead.
 
-Owns scale, centre, the decoder's norm and the auxiliary loss; which latents are active, and what else is minimised, is
-the kinds'; which are dead is the trainer's to say.
+Owns scale, centre, the decoder's norm and the losses of dead latents; which latents are active, and what else is
+minimised, is the kinds'; which are dead is the trainer's to say.
 """
 
 from dataclasses import dataclass
@@ -37,6 +37,8 @@ class ScaledOptions:
     """c, the weight of the auxiliary loss; 0: off."""
     k_aux: int | None = None
     """Dead latents a row that take part in it; `None`: half the row's width."""
+    pre_act_coeff: float = 0.0
+    """c', the weight of the pre-activation loss, of kinds that have one; 0: off."""
     b_dec_init: Literal["mean", "geometric_median"] = "mean"
 
 
@@ -55,6 +57,13 @@ class ScaledAutoencoder(SparseAutoencoder):
 
     ||e||² is the residual's variance about zero, over the batch, as in the authors' code: defined for one row, too. As
     there, and not as in others, a few dead latents weigh as much as many: else the last ones stay dead.
+
+    The loss that lifts dead latents to where they are active, for kinds where each is so above a threshold θ_f of its
+    own, or above 0 (Conerly et al. 2025, "Dictionary Learning Optimization Techniques", where it is all latents'):
+
+        L_pre = c' · mean over rows of Σ over dead f of ReLU(θ_f - p_f) / D,   b_dec held fixed
+
+    L_aux alone does not revive them there: a latent that is dead because p < 0 on every row has no gradient of it.
     """
 
     scale: Tensor
@@ -62,7 +71,8 @@ class ScaledAutoencoder(SparseAutoencoder):
 
     def __init__(self, d_in: int, d_sae: int, options: ScaledOptions, generator: torch.Generator) -> None:
         super().__init__(d_in, d_sae, generator)
-        self.aux_k_coeff, self.b_dec_init = options.aux_k_coeff, options.b_dec_init
+        self.aux_k_coeff, self.pre_act_coeff = options.aux_k_coeff, options.pre_act_coeff
+        self.b_dec_init = options.b_dec_init
         self.k_aux = min(options.k_aux or max(1, round(d_in / 2)), d_sae)
         self.register_buffer("scale", torch.ones(()))
         self._pre_memory: Tensor | None = None
@@ -177,10 +187,7 @@ class ScaledAutoencoder(SparseAutoencoder):
 
     def aux_k_loss(self, pre_BF: Tensor, centred_BD: Tensor, residual_BD: Tensor, dead_F: Tensor | None) -> Tensor:
         """L_aux, c included; its gradient reaches the decoder and, through the values, the encoder."""
-        if dead_F is None or self.aux_k_coeff == 0:
-            return residual_BD.new_zeros(())
-        # Reading a flag would make a GPU wait; on a CPU it is free and spares the whole loss, which would be zero.
-        if not residual_BD.is_cuda and not bool(dead_F.any()):
+        if dead_F is None or self.aux_k_coeff == 0 or _surely_none(dead_F):
             return residual_BD.new_zeros(())
         with torch.no_grad():
             active, taken = self._largest_dead(pre_BF, dead_F)
@@ -188,6 +195,22 @@ class ScaledAutoencoder(SparseAutoencoder):
         error = (decode_at(active, values_N, self.W_dec) - residual_BD).square().sum()
         energy = residual_BD.square().sum().clamp_min(torch.finfo(residual_BD.dtype).tiny)
         return self.aux_k_coeff * error / energy
+
+    def pre_act_loss(
+        self, pre_BF: Tensor, centred_BD: Tensor, dead_F: Tensor | None, threshold_F: Tensor | None = None
+    ) -> Tensor:
+        """L_pre, c' included, for thresholds of 0 if none are given; its gradient reaches the encoder and these."""
+        if dead_F is None or self.pre_act_coeff == 0 or _surely_none(dead_F):
+            return centred_BD.new_zeros(())
+        places = slice(None) if dead_F.is_cuda else dead_F.nonzero().squeeze(1)  # a GPU would wait for their number
+        height_F = -self.b_enc[places] if threshold_F is None else (threshold_F - self.b_enc)[places]
+        # Linear in weights and thresholds, once it is known where p is below: no product of the encoder's is needed.
+        with torch.no_grad():
+            limit_F = 0 if threshold_F is None else threshold_F[places]
+            below_BF = (pre_BF[:, places] < limit_F) & dead_F[places]
+            sums_FD = (below_BF.to(pre_BF.dtype).T @ centred_BD.to(pre_BF.dtype)).to(centred_BD.dtype)
+        lack = (below_BF.sum(0) * height_F).sum() - (self.W_enc[places] * sums_FD).sum()
+        return self.pre_act_coeff * lack / centred_BD.numel()
 
     def _largest_dead(self, pre_BF: Tensor, dead_F: Tensor) -> tuple[Active, Tensor | float]:
         """At most k_aux latents a row; where a GPU would have to wait for their number, all, and 1 for those."""
@@ -198,6 +221,11 @@ class ScaledAutoencoder(SparseAutoencoder):
         dead_latents = dead_F.nonzero().squeeze(1)
         chosen_BK = dead_latents[largest_of_rows(pre_BF[:, dead_latents], min(self.k_aux, len(dead_latents)))]
         return Active.same_number(chosen_BK, self.d_sae), 1.0
+
+
+def _surely_none(dead_F: Tensor) -> bool:
+    """Whether no latent is dead; reading a flag would make a GPU wait, while on a CPU it spares the work of a loss."""
+    return not dead_F.is_cuda and not bool(dead_F.any())
 
 
 @fused
