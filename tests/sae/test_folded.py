@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mistudio_schemas import BatchTopKSAE, GatedSAE, JumpReLUSAE, SAEConfig
+from mistudio_train.sae import sparse
 from mistudio_train.sae.base import SparseAutoencoder, StepInput
 from mistudio_train.sae.build import build_sae
 from mistudio_train.sae.scaled import ScaledOptions
@@ -90,19 +91,25 @@ def test_two_plain_layers_are_enough_but_for_what_needs_says(make: Make) -> None
 
 
 @pytest.mark.parametrize("make", [standard, topk, *THRESHOLDS])
-def test_sparse_and_dense_agree(make: Make) -> None:
+def test_sparse_and_dense_agree(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     folded, x = make().folded(), rows()
-    values, indices = folded.encode_sparse(x)
     acts = folded.encode(x)
-    assert torch.equal(torch.zeros_like(acts).scatter(1, indices, values), acts)
-    assert values.shape[1] == (folded.k or int((acts > 0).sum(1).max()))
-    torch.testing.assert_close(folded.decode_sparse(values, indices), folded.decode(acts), atol=1e-3, rtol=1e-5)
+    for dense_above in (0.0, 1.0):
+        monkeypatch.setattr(sparse, "DENSE_ABOVE", dense_above)
+        active, values = folded.encode_sparse(x)
+        assert torch.equal(active.dense(values), acts)
+        row, latent, value = active.entries(values)
+        assert torch.equal(torch.stack((row, latent), dim=1), acts.nonzero())
+        assert torch.equal(value, acts[acts > 0])
+        torch.testing.assert_close(folded.decode_sparse(active, values), folded.decode(acts), atol=1e-3, rtol=1e-5)
 
 
 def test_no_rows_have_no_features() -> None:
     for folded in (standard().folded(), topk().folded()):
         assert folded.encode(torch.zeros(0, D_IN)).shape == (0, D_SAE)
-        assert len(folded.encode_sparse(torch.zeros(0, D_IN))[0]) == 0
+        active, values = folded.encode_sparse(torch.zeros(0, D_IN))
+        assert (active.rows, values.numel()) == (0, 0)
+        assert folded.decode_sparse(active, values).shape == (0, D_IN)
 
 
 def test_a_topk_activation_is_a_length_in_the_space_of_the_rows() -> None:

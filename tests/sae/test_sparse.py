@@ -46,7 +46,23 @@ def test_products_are_those_of_the_dense_matrix(active: Active) -> None:
     torch.testing.assert_close(active.transpose_times(values, rows), dense.T @ rows)
     torch.testing.assert_close(active.products(rows, weight), active.pick(rows @ weight.T))
     torch.testing.assert_close(active.sum_by_latent(values), dense.sum(0))
-    assert torch.equal(active.count_by_latent(values > 0), (dense > 0).sum(0))
+    assert torch.equal(active.count_above(values, 0.5), (dense > 0.5).sum(0))
+    torch.testing.assert_close(active.max_by_latent(values.abs()), dense.abs().amax(0))
+    rows_N, latents_N, values_N = active.entries(values)
+    assert torch.equal(values_N, dense[rows_N, latents_N])
+    assert len(values_N) == int((dense != 0).sum())
+
+
+def test_some_rows_are_a_matrix_of_their_own(active: Active) -> None:
+    values, which = drawn(len(active.latents_N)), torch.tensor([True, False, True, True, False, True])
+    dense = active.dense(values)
+    some, theirs = active.of_rows(which)
+    assert torch.equal(some.dense(values[theirs]), dense[which])
+    everywhere, all_theirs = Everywhere(ROWS, D_SAE).of_rows(which)
+    assert everywhere.rows == some.rows == 4
+    assert torch.equal(everywhere.dense(dense[all_theirs]), dense[which])
+    nothing, none_theirs = active.of_rows(torch.zeros(ROWS, dtype=torch.bool))
+    assert (nothing.rows, len(values[none_theirs])) == (0, 0)
 
 
 def test_gradients_are_right(active: Active) -> None:
@@ -83,7 +99,10 @@ def test_all_places_have_the_dense_matrix_as_their_values() -> None:
     torch.testing.assert_close(everywhere.products(rows, weight).flatten(), all_of_them.products(rows, weight))
     torch.testing.assert_close(everywhere.sum_by_latent(values), all_of_them.sum_by_latent(flat))
     torch.testing.assert_close(everywhere.per_place(per_latent).flatten(), all_of_them.per_place(per_latent))
-    assert torch.equal(everywhere.count_by_latent(values > 0), all_of_them.count_by_latent(flat > 0))
+    assert torch.equal(everywhere.count_above(values, 0.5), all_of_them.count_above(flat, 0.5))
+    assert torch.equal(everywhere.max_by_latent(values.abs()), all_of_them.max_by_latent(flat.abs()))
+    for mine, others in zip(everywhere.entries(values), all_of_them.entries(flat), strict=True):
+        assert torch.equal(mine, others)
     assert torch.equal(everywhere.pick(values), everywhere.dense(values))
 
 

@@ -8,7 +8,6 @@ from torch.nn import functional
 from mistudio_train.sae.base import StepInput
 from mistudio_train.sae.recipe import Recipe
 from mistudio_train.sae.scaled import ScaledOptions
-from mistudio_train.sae.sparse import decode_sparse, keep_largest, to_dense
 from mistudio_train.sae.statistics import FeatureStatistics
 from mistudio_train.sae.topk import TopKAutoencoder
 from mistudio_train.sae.trainer import Trainer
@@ -25,11 +24,11 @@ def rows_of(count: int, d_in: int, seed: int = 0) -> Tensor:
 
 
 def test_keeps_exactly_k_also_among_equal_values() -> None:
-    acts = torch.tensor([[2.0, 2.0, 2.0, 2.0], [1.0, 3.0, 3.0, 3.0]])
-    values, indices = keep_largest(acts, 2)
-    assert values.tolist() == [[2.0, 2.0], [3.0, 3.0]]
-    assert all(len(set(row)) == 2 for row in indices.tolist())
-    assert (to_dense(values, indices, 4) > 0).sum(1).tolist() == [2, 2]
+    sae = topk(d_in=4, d_sae=4, k=2)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(4))
+    kept = sae.encode(torch.tensor([[2.0, 2.0, 2.0, 2.0], [1.0, 3.0, 3.0, 3.0]]))
+    assert [sorted(row) for row in kept.tolist()] == [[0, 0, 2, 2], [0, 0, 3, 3]]
 
 
 def test_encodes_the_k_largest_positive_ones() -> None:
@@ -38,16 +37,6 @@ def test_encodes_the_k_largest_positive_ones() -> None:
         sae.W_enc.copy_(torch.eye(3))
     expected = [[0.0, 4.0, 3.0], [0.0, 0.0, 0.5]]
     assert sae.encode(torch.tensor([[1.0, 4.0, 3.0], [-1.0, -2.0, 0.5]])).tolist() == expected
-
-
-def test_sparse_decoding_equals_the_dense_product_and_its_gradients_are_right() -> None:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.rand(5, 3, dtype=torch.float64, generator=generator, requires_grad=True)
-    decoder = torch.randn(4, 9, dtype=torch.float64, generator=generator, requires_grad=True)
-    indices = torch.stack([torch.randperm(9, generator=generator)[:3] for _ in range(5)])
-    dense = functional.linear(to_dense(values, indices, 9), decoder)
-    torch.testing.assert_close(decode_sparse(values, indices, decoder), dense)
-    assert torch.autograd.gradcheck(lambda v, d: decode_sparse(v, indices, d), (values, decoder))
 
 
 @pytest.mark.parametrize("with_dead", [False, True])
@@ -188,7 +177,7 @@ def dictionary_rows(count: int, d_in: int, features: int, active: int) -> tuple[
     directions = functional.normalize(torch.randn(features, d_in, generator=generator), dim=1)
     chosen = torch.rand(count, features, generator=generator).topk(active, dim=1).indices
     strengths = 1 + torch.rand(count, active, generator=generator)
-    return decode_sparse(strengths, chosen, directions.T), directions
+    return (strengths[:, :, None] * directions[chosen]).sum(1), directions
 
 
 def test_finds_a_known_dictionary() -> None:

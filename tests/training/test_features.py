@@ -1,6 +1,6 @@
 """The sparse store holds every active feature in order, by bounded groups, and keeps its limit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -9,7 +9,7 @@ import torch
 
 from mistudio_train.errors import ExportRefused
 from mistudio_train.training import features
-from mistudio_train.training.features import FeaturesInfo, TokenFeatures, read_description, write_features
+from mistudio_train.training.features import FeaturesInfo, RowFeatures, feature_store, read_description
 
 from .exports import D_SAE, rows, small_sae
 
@@ -17,30 +17,37 @@ ABOUT: dict[str, object] = {"model_name": "tiny", "layer": 1, "pooling": "token"
 PLENTY = 1 << 30
 
 
-def block(place: list[tuple[int, int, int]], acts: list[dict[int, float]]) -> TokenFeatures:
+def block(place: list[tuple[int, int, int]], acts: list[dict[int, float]]) -> RowFeatures:
     """Rows of (text, position, token id) with their features."""
-    text, position, token_id = torch.tensor(place, dtype=torch.int32).T
-    most = max(map(len, acts))
-    values, indices = torch.zeros(len(acts), most), torch.zeros(len(acts), most, dtype=torch.int64)
-    for row, active in enumerate(acts):
-        for column, (feature, value) in enumerate(active.items()):
-            indices[row, column], values[row, column] = feature, value
-    return TokenFeatures(text, position, token_id, values, indices)
+    text, position, token_id = torch.tensor(place).T
+    entries = [(row, feature, value) for row, active in enumerate(acts) for feature, value in active.items()]
+    row, feature, activation = (torch.tensor(column) for column in zip(*entries, strict=True))
+    return RowFeatures(text, position, token_id, row, feature, activation)
 
 
-def random_blocks(n_rows: int, per_text: int = 7, size: int = 50) -> Iterator[TokenFeatures]:
+def random_blocks(n_rows: int, per_text: int = 7, size: int = 50) -> Iterator[RowFeatures]:
     sae = small_sae("topk")
     x_BD = rows(n_rows)
     row_B = torch.arange(n_rows)
     for at_B in torch.split(row_B, size):
-        yield TokenFeatures(at_B // per_text, at_B % per_text, at_B + 1000, *sae.encode_sparse(x_BD[at_B]))
+        active, values = sae.encode_sparse(x_BD[at_B])
+        yield RowFeatures(at_B // per_text, at_B % per_text, at_B + 1000, *active.entries(values))
+
+
+def write_features(
+    path: Path, blocks: Iterable[RowFeatures], d_sae: int = D_SAE, max_bytes: int = PLENTY
+) -> FeaturesInfo:
+    with feature_store(path, d_sae=d_sae, max_bytes=max_bytes, about=ABOUT) as store:
+        for rows in blocks:
+            store.add(rows)
+    return store.info
 
 
 def test_entries_are_those_worked_out_by_hand(tmp_path: Path) -> None:
     path = tmp_path / "features" / "features.parquet"
-    first = block([(0, 0, 101), (0, 1, 102), (0, 2, 103)], [{7: 0.5, 2: 1.5}, {}, {3: 0.25}])
-    second = block([(2, 0, 104)], [{9: 2.0, 0: 4.0, 1: 8.0}])
-    info = write_features(path, [first, second], d_sae=10, max_bytes=PLENTY, about=ABOUT)
+    first = block([(0, 0, 101), (0, 1, 102), (0, 2, 103)], [{2: 1.5, 7: 0.5}, {}, {3: 0.25}])
+    second = block([(2, 0, 104)], [{0: 4.0, 1: 8.0, 9: 2.0}])
+    info = write_features(path, [first, second], d_sae=10)
     assert info == FeaturesInfo(entries=6, truncated=False, first_missing_text=None, first_missing_position=None)
     table = pq.read_table(path)
     assert [tuple(row.values()) for row in table.to_pylist()] == [
@@ -64,7 +71,7 @@ def test_entries_are_those_worked_out_by_hand(tmp_path: Path) -> None:
 def test_a_store_equals_the_dense_features_and_reads_by_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(features, "GROUP_ENTRIES", 333)
     path = tmp_path / "features.parquet"
-    info = write_features(path, random_blocks(500), d_sae=D_SAE, max_bytes=PLENTY, about=ABOUT)
+    info = write_features(path, random_blocks(500))
     file = pq.ParquetFile(path)
     dense = torch.zeros(500, D_SAE)
     last = (-1, -1)
@@ -85,7 +92,7 @@ def test_a_store_equals_the_dense_features_and_reads_by_group(tmp_path: Path, mo
 
 def test_the_file_describes_itself(tmp_path: Path) -> None:
     path = tmp_path / "features.parquet"
-    write_features(path, random_blocks(20), d_sae=D_SAE, max_bytes=PLENTY, about=ABOUT)
+    write_features(path, random_blocks(20))
     description = read_description(path)
     assert description["model_name"] == "tiny"
     assert description["d_sae"] == D_SAE
@@ -100,9 +107,9 @@ def test_limit_keeps_whole_first_rows_and_says_what_is_missing(
 ) -> None:
     monkeypatch.setattr(features, "GROUP_ENTRIES", 1000)
     everything = tmp_path / "all.parquet"
-    write_features(everything, random_blocks(3000), d_sae=D_SAE, max_bytes=PLENTY, about=ABOUT)
+    write_features(everything, random_blocks(3000))
     path = tmp_path / "features.parquet"
-    info = write_features(path, random_blocks(3000), d_sae=D_SAE, max_bytes=limit, about=ABOUT)
+    info = write_features(path, random_blocks(3000), max_bytes=limit)
     groups = pq.ParquetFile(path).num_row_groups
     slack = features.FOOTER_BYTES + features.GROUP_BYTES * (groups + 1) + features.ENTRY_BYTES * 1000
     assert limit - slack < path.stat().st_size <= limit < everything.stat().st_size
@@ -118,7 +125,7 @@ def test_limit_keeps_whole_first_rows_and_says_what_is_missing(
 
 def test_no_room_at_all_leaves_an_empty_store(tmp_path: Path) -> None:
     path = tmp_path / "features.parquet"
-    info = write_features(path, random_blocks(20), d_sae=D_SAE, max_bytes=1, about=ABOUT)
+    info = write_features(path, random_blocks(20), max_bytes=1)
     assert info == FeaturesInfo(entries=0, truncated=True, first_missing_text=0, first_missing_position=0)
     assert len(pq.read_table(path)) == 0
 
@@ -126,7 +133,7 @@ def test_no_room_at_all_leaves_an_empty_store(tmp_path: Path) -> None:
 def test_whole_texts_have_no_position(tmp_path: Path) -> None:
     path = tmp_path / "features.parquet"
     pooled = block([(0, -1, -1), (1, -1, -1)], [{1: 1.0}, {2: 2.0}])
-    write_features(path, [pooled], d_sae=10, max_bytes=PLENTY, about=ABOUT)
+    write_features(path, [pooled], d_sae=10)
     assert pq.read_table(path)["position"].to_pylist() == [-1, -1]
 
 
@@ -141,12 +148,13 @@ ONE = [{1: 1.0}]
         ([block([B], ONE), block([A], ONE)], "text 0 is out of order"),
         ([block([A, A], ONE * 2)], "text 0 is out of order"),
         ([block([(1, 0, 1), B], ONE * 2)], "text 0 is out of order"),
+        ([block([A], [{3: 1.0, 2: 1.0}])], "features of a row are out of order"),
         ([block([A], [{10: 1.0}])], "a feature is outside 0 to 9"),
         ([block([A], [{-1: 1.0}])], "a feature is outside 0 to 9"),
         ([block([A], [{1: float("nan")}])], "not finite"),
     ],
 )
-def test_what_readers_could_not_trust_is_refused(tmp_path: Path, blocks: list[TokenFeatures], message: str) -> None:
+def test_what_readers_could_not_trust_is_refused(tmp_path: Path, blocks: list[RowFeatures], message: str) -> None:
     with pytest.raises(ExportRefused, match=message):
-        write_features(tmp_path / "features.parquet", blocks, d_sae=10, max_bytes=PLENTY, about=ABOUT)
+        write_features(tmp_path / "features.parquet", blocks, d_sae=10)
     assert list(tmp_path.iterdir()) == []

@@ -4,12 +4,14 @@ Owns what the features of a finished SAE are; must not train, and must not know 
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .sparse import decode_sparse, keep_largest, to_dense
+from .largest import largest_of_rows
+from .sparse import Active, active_above
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,20 +81,23 @@ class FoldedSAE:
     @torch.no_grad()
     def encode(self, x_BD: Tensor) -> Tensor:
         """Rows to features `acts_BF`, dense."""
-        acts_BF = self._positive(x_BD)
-        return acts_BF if self.k is None else to_dense(*keep_largest(acts_BF, self.k), self.d_sae)
+        acts_BF = functional.linear(x_BD, self.encoder_weight, self.encoder_bias).relu_()
+        if self.threshold is not None:
+            return acts_BF.masked_fill_(acts_BF <= self.threshold, 0)
+        if self.k is None:
+            return acts_BF
+        largest = Active.same_number(largest_of_rows(acts_BF, self.k), self.d_sae)
+        return largest.dense(largest.pick(acts_BF))
 
     @torch.no_grad()
-    def encode_sparse(self, x_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows to `(values_BK, indices_BK)`, indices int64, in no order; places beyond a row's features hold zeros.
+    def encode_sparse(self, x_BD: Tensor) -> tuple[Active, Tensor]:
+        """The same as places in ascending order, and the values there: `active.dense(values)` is what `encode` gives.
 
-        K is `k`, or where that is `None` the most features that any of these rows has.
+        Many features, and those of a GPU, are at all places, with the matrix itself for values.
         """
-        acts_BF = self._positive(x_BD)
-        if self.k is not None:
-            return keep_largest(acts_BF, self.k)
-        most = int((acts_BF > 0).sum(1).max()) if len(acts_BF) else 0
-        return keep_largest(acts_BF, most)
+        acts_BF = self.encode(x_BD)
+        active = active_above(acts_BF, 0)
+        return active, active.pick(acts_BF)
 
     @torch.no_grad()
     def decode(self, acts_BF: Tensor) -> Tensor:
@@ -100,13 +105,13 @@ class FoldedSAE:
         return functional.linear(acts_BF, self.decoder_weight, self.decoder_bias)
 
     @torch.no_grad()
-    def decode_sparse(self, values_BK: Tensor, indices_BK: Tensor) -> Tensor:
-        """What `decode` gives for the same features, from `encode_sparse`."""
-        return decode_sparse(values_BK, indices_BK, self.decoder_weight) + self.decoder_bias
+    def decode_sparse(self, active: Active, values: Tensor) -> Tensor:
+        """What `decode` gives for the same features, from `encode_sparse`; holds a second copy of the decoder."""
+        return active.times(values, self._decoder_rows_FD) + self.decoder_bias
 
-    def _positive(self, x_BD: Tensor) -> Tensor:
-        acts_BF = functional.linear(x_BD, self.encoder_weight, self.encoder_bias).relu_()
-        return acts_BF if self.threshold is None else acts_BF.masked_fill_(acts_BF <= self.threshold, 0)
+    @cached_property
+    def _decoder_rows_FD(self) -> Tensor:  # noqa: N802
+        return self.decoder_weight.T.contiguous()
 
 
 def plain(weight: Tensor) -> Tensor:

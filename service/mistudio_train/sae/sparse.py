@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from . import kernels
 
@@ -22,26 +21,6 @@ with warnings.catch_warnings():  # PyTorch says once, at the first such matrix, 
 INT16_LATENTS = 2**15
 DENSE_ABOVE = 1 / 8
 """Share of the places: an operation on one of them costs about eight times one of a dense product."""
-
-
-def keep_largest(acts_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row as `(values_BK, indices_BK)`: exactly k, also among equal ones, in no order."""
-    values_BK, indices_BK = acts_BF.topk(k, dim=1, sorted=False)
-    return values_BK, indices_BK
-
-
-def to_dense(values_BK: Tensor, indices_BK: Tensor, d_sae: int) -> Tensor:
-    """`acts_BF` with the values at their indices and zero elsewhere; indices differ within a row."""
-    dense_BF = torch.zeros(len(values_BK), d_sae, dtype=values_BK.dtype, device=values_BK.device)
-    return dense_BF.scatter(1, indices_BK, values_BK)
-
-
-def decode_sparse(values_BK: Tensor, indices_BK: Tensor, decoder_DF: Tensor) -> Tensor:
-    """`acts_BF @ decoder_DFᵀ` touching only the k columns a row that are not zero: `[B, d_in]`, no bias."""
-    decoded_BD: Tensor = functional.embedding_bag(
-        indices_BK, decoder_DF.T.contiguous(), per_sample_weights=values_BK, mode="sum"
-    )
-    return decoded_BD
 
 
 class Active:
@@ -107,6 +86,18 @@ class Active:
         row_starts = torch.searchsorted(rows_N, every_row, out_int32=True)
         return Active(row_starts, self.latents_N[order_N], self.d_sae), order_N
 
+    def of_rows(self, which_B: Tensor) -> tuple["Active", Tensor]:
+        """The matrix of those rows alone, and which of the values are theirs."""
+        which_N = which_B.index_select(0, self.row_of_place)
+        ends_B = self.row_starts.diff()[which_B].cumsum(0, dtype=torch.int32)
+        row_starts = torch.cat((self.row_starts[:1], ends_B))
+        return Active(row_starts, self.latents_N[which_N], self.d_sae), which_N
+
+    def entries(self, values_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, latent and value of what is not zero, ascending in rows where places are."""
+        kept_N = values_N != 0
+        return self.row_of_place[kept_N], self.latents_N[kept_N], values_N[kept_N]
+
     def zero_below(self, scores_N: Tensor, floor_F: Tensor) -> "Active":
         """The same places, with values that are zero where these are not above their latent's floor."""
         return Banded(self, ~(scores_N <= self.per_place(floor_F)))
@@ -121,14 +112,10 @@ class Active:
         """The values of a dense matrix at the places: [N]."""
         return matrix_BF.reshape(-1).index_select(0, self.places_N)
 
-    def count_by_latent(self, which_N: Tensor) -> Tensor:
-        """At how many places of each latent a condition holds: int64 [d_sae]."""
-        counts_F = torch.zeros(self.d_sae, dtype=torch.int32, device=which_N.device)
-        return counts_F.scatter_add_(0, self.latents_N, which_N.int()).long()
-
     def count_above(self, values_N: Tensor, floor: float) -> Tensor:
         """On how many rows each latent's value is above a number that is not negative: int64 [d_sae]."""
-        return self.count_by_latent(values_N > floor)
+        counts_F = torch.zeros(self.d_sae, dtype=torch.int32, device=values_N.device)
+        return counts_F.scatter_add_(0, self.latents_N, (values_N > floor).int()).long()
 
     def rectified(self, values_N: Tensor) -> tuple[Tensor, Tensor]:
         """ReLU of the values, and its sum over rows: [d_sae]; with gradients."""
@@ -136,10 +123,14 @@ class Active:
         return acts_N, self.sum_by_latent(acts_N)
 
     def sum_by_latent(self, values_N: Tensor) -> Tensor:
-        """S's sum over rows: [d_sae]."""
+        """S's sum over rows, of the values' type: [d_sae]."""
         if self._by_kernels(values_N):  # where adding at indices happens in any order
             return self.transpose_times(values_N, values_N.new_ones(self.rows, 1)).squeeze(1)
         return values_N.new_zeros(self.d_sae).scatter_add_(0, self.latents_N, values_N)
+
+    def max_by_latent(self, values_N: Tensor) -> Tensor:
+        """The largest value of each latent, of values that are not negative: [d_sae]."""
+        return values_N.new_zeros(self.d_sae).scatter_reduce_(0, self.latents_N, values_N, "amax")
 
     def dense(self, values_N: Tensor) -> Tensor:
         """S itself: [B, d_sae]."""
@@ -253,6 +244,15 @@ class Everywhere(Active):
         """The matrix."""
         return matrix_BF.view_as(matrix_BF)
 
+    def of_rows(self, which_B: Tensor) -> tuple[Active, Tensor]:
+        """The matrix of those rows alone, and which of the values are theirs."""
+        return Everywhere(int(which_B.sum()), self.d_sae), which_B
+
+    def entries(self, values_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, latent and value of what is not zero."""
+        rows_N, latents_N = values_BF.nonzero(as_tuple=True)
+        return rows_N, latents_N, values_BF[rows_N, latents_N]
+
     def zero_below(self, scores_BF: Tensor, floor_F: Tensor) -> Active:
         """All of it: dense products do not mind."""
         return self
@@ -260,10 +260,6 @@ class Everywhere(Active):
     def scores(self, pre_BF: Tensor, centred_BD: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
         """The matrix as it is."""
         return self.pick(pre_BF)
-
-    def count_by_latent(self, which_BF: Tensor) -> Tensor:
-        """On how many rows a condition holds for each latent: int64 [d_sae]."""
-        return _count(which_BF)
 
     def count_above(self, values_BF: Tensor, floor: float) -> Tensor:
         """On how many rows each latent's value is above a number: int64 [d_sae]."""
@@ -276,6 +272,10 @@ class Everywhere(Active):
     def sum_by_latent(self, values_BF: Tensor) -> Tensor:
         """The matrix' sum over rows: [d_sae]."""
         return values_BF.sum(0, dtype=_of_sums(values_BF))
+
+    def max_by_latent(self, values_BF: Tensor) -> Tensor:
+        """The largest value of each latent: [d_sae]."""
+        return values_BF.amax(0)
 
     def dense(self, values_BF: Tensor) -> Tensor:
         """The matrix."""
@@ -314,13 +314,8 @@ def active_above(matrix_BF: Tensor, floor: Tensor | float) -> Active:
 
 
 @kernels.fused
-def _count(which_BF: Tensor) -> Tensor:
-    return which_BF.sum(0, dtype=torch.int32).long()  # three times as fast as with int64
-
-
-@kernels.fused
 def _count_above(values_BF: Tensor, floor: float) -> Tensor:
-    return (values_BF > floor).sum(0, dtype=torch.int32).long()
+    return (values_BF > floor).sum(0, dtype=torch.int32).long()  # three times as fast as with int64
 
 
 @kernels.fused

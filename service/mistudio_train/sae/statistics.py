@@ -13,6 +13,7 @@ from mistudio_schemas import SAEMetrics
 from mistudio_train.errors import TrainingDiverged
 
 from .base import ACTIVE_ABOVE, RARE_BELOW
+from .sparse import Active, Everywhere
 
 FIRING_EDGES: Final = tuple(10 ** (exponent / 2) for exponent in range(-12, 1))
 """Of the firing histogram: 1e-6 to 1 in half powers of ten."""
@@ -45,10 +46,15 @@ class FeatureStatistics:
     @torch.no_grad()
     def update(self, x_BD: Tensor, x_hat_BD: Tensor, acts_BF: Tensor) -> None:
         """Count a batch: rows as extracted, their reconstructions, their features; all on this object's device."""
+        self.update_sparse(x_BD, x_hat_BD, Everywhere(*acts_BF.shape), acts_BF)
+
+    @torch.no_grad()
+    def update_sparse(self, x_BD: Tensor, x_hat_BD: Tensor, active: Active, values: Tensor) -> None:
+        """The same, of features as values, none negative, at their places."""
         if len(x_BD) == 0:
             return
         rows_BD, rows_hat_BD = x_BD.double(), x_hat_BD.double()
-        self._count_features(acts_BF)
+        self._count_features(active, values)
         self._count_variance(rows_BD)
         self._squared_error += (rows_BD - rows_hat_BD).square().sum()
         # The angle to a zero row is not defined; a zero reconstruction of another row counts as 0.
@@ -144,11 +150,11 @@ class FeatureStatistics:
             "batches_processed": self.batches,
         }
 
-    def _count_features(self, acts_BF: Tensor) -> None:
-        self._active_rows_F += (acts_BF > ACTIVE_ABOVE).sum(0)
-        self._sum_F += acts_BF.sum(0, dtype=torch.float64)
+    def _count_features(self, active: Active, values: Tensor) -> None:
+        self._active_rows_F += active.count_above(values, ACTIVE_ABOVE)
+        self._sum_F += active.sum_by_latent(values.double())
         # Not `clamp` or `max` of plain numbers: these keep a NaN, which the results then refuse.
-        self._max_F = torch.maximum(self._max_F, acts_BF.amax(0).double())
+        self._max_F = torch.maximum(self._max_F, active.max_by_latent(values).double())
 
     def _count_variance(self, rows_BD: Tensor) -> None:
         mean_D = rows_BD.mean(0)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .folded import FoldedSAE
 from .ksparse import KSparseAutoencoder
 from .largest import largest_of_rows
-from .sparse import Active, keep_largest, to_dense
+from .sparse import Active
 
 
 class TopKAutoencoder(KSparseAutoencoder):
@@ -23,7 +23,8 @@ class TopKAutoencoder(KSparseAutoencoder):
     def encode(self, x_BD: Tensor) -> Tensor:
         """The activations h / s, so that they and their decoder rows make up x and not z."""
         acts_BF = self.pre_activations(x_BD).relu()
-        return to_dense(*keep_largest(acts_BF, self.k), self.d_sae) / self.scale
+        active = self.choose(acts_BF)
+        return active.dense(active.pick(acts_BF)) / self.scale
 
     def folded(self) -> FoldedSAE:
         """With the number of latents that stay."""

@@ -1,4 +1,4 @@
-"""What a finished SAE does on every row: one row a text for the bundle, statistics on the way, sparse features.
+"""What a finished SAE does on every row: its active features, and statistics on the way.
 
 Runs the folded SAE over the stored activations in blocks; writes no file and decides nothing.
 """
@@ -13,14 +13,13 @@ from torch import Tensor
 
 from mistudio_schemas import CrossEntropy, SAEMetrics
 from mistudio_train.sae.folded import FoldedSAE
+from mistudio_train.sae.sparse import Active
 from mistudio_train.sae.statistics import FeatureStatistics
 
-from .bundle import Block
-from .features import TokenFeatures
+from .features import RowFeatures
 from .selection import HELD_OUT, OUTLIER, Labels
-from .text_rows import one_row_a_text
 
-BLOCK_BYTES = 8 * 1024**2
+BLOCK_BYTES = 16 * 1024**2
 """Of one block: dense features and, more where there are few features, the rows' fp64 copies in the statistics."""
 FP64_COPIES = 4
 """Of the rows and their reconstructions, held at once."""
@@ -80,11 +79,11 @@ class Evaluation:
         self._by_flags: dict[int, FeatureStatistics] = {}
 
     def statistics(self) -> FeatureStatistics:
-        """Of all rows, once `text_blocks` is exhausted."""
+        """Of all rows, once `blocks` is exhausted."""
         return self._of(lambda flags: True)
 
     def metrics(self, final_loss: float, cross_entropy: CrossEntropy | None = None) -> SAEMetrics:
-        """The contract's figures, once `text_blocks` is exhausted.
+        """The contract's figures, once `blocks` is exhausted.
 
         Raises:
             TrainingDiverged: if a row, a reconstruction or an activation was NaN or infinite.
@@ -110,23 +109,26 @@ class Evaluation:
         }
         return judged.metrics(final_loss).model_copy(update=figures)
 
-    def text_blocks(self, texts: int, *, mean_pooled: bool) -> Iterator[Block]:
-        """Features and activations, one row a text, on the CPU. Complete only when it is exhausted."""
-        if mean_pooled:
-            return ((acts_BF, x_BD) for acts_BF, x_BD, _ in self._dense_blocks())
-        return one_row_a_text(self._dense_blocks(), texts)
-
-    def sparse_blocks(self) -> Iterator[TokenFeatures]:
-        """The active features of every row, in order."""
+    def blocks(self, *, count: bool = True) -> Iterator[tuple[RowFeatures, Tensor]]:
+        """The active features of every row, in order, and the rows, both on the CPU; `count` them for the figures."""
         for start, x_BD in self._rows.blocks(self._rows_per_block):
-            values_BK, indices_BK = self._sae.encode_sparse(x_BD.to(self._device))
+            there_BD = x_BD.to(self._device)
+            active, values = self._sae.encode_sparse(there_BD)
             rows = slice(start, start + len(x_BD))
-            yield TokenFeatures(
-                text=_tensor(self._rows.text_of_row[rows]),
-                position=_tensor(self._rows.position_of_row[rows]),
-                token_id=_tensor(self._rows.token_of_row[rows]),
-                values=values_BK.cpu(),
-                indices=indices_BK.cpu(),
+            if count:
+                x_hat_BD = self._sae.decode_sparse(active, values)
+                self._count(_tensor(self._flags[rows]), there_BD, x_hat_BD, active, values)
+            row_N, feature_N, activation_N = (entries.cpu() for entries in active.entries(values))
+            yield (
+                RowFeatures(
+                    text=_tensor(self._rows.text_of_row[rows]),
+                    position=_tensor(self._rows.position_of_row[rows]),
+                    token_id=_tensor(self._rows.token_of_row[rows]),
+                    row=row_N,
+                    feature=feature_N,
+                    activation=activation_N,
+                ),
+                x_BD,
             )
             self._on_progress((start + len(x_BD)) / self._rows.rows)
 
@@ -138,22 +140,13 @@ class Evaluation:
                 total.add(statistics)
         return total
 
-    def _count(self, flags_B: Tensor, x_BD: Tensor, x_hat_BD: Tensor, acts_BF: Tensor) -> None:
-        for flags in set(flags_B.tolist()):
+    def _count(self, flags_B: Tensor, x_BD: Tensor, x_hat_BD: Tensor, active: Active, values: Tensor) -> None:
+        for flags in sorted(set(flags_B.tolist())):
             if flags not in self._by_flags:
                 self._by_flags[flags] = FeatureStatistics(self._sae.d_sae, self._sae.d_in, self._device)
             which_B = (flags_B == flags).to(self._device)
-            part = (x_BD, x_hat_BD, acts_BF)
-            self._by_flags[flags].update(*(part if which_B.all() else (rows[which_B] for rows in part)))
-
-    def _dense_blocks(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        for start, x_BD in self._rows.blocks(self._rows_per_block):
-            there_BD = x_BD.to(self._device)
-            acts_BF = self._sae.encode(there_BD)
-            flags_B = _tensor(self._flags[start : start + len(x_BD)])
-            self._count(flags_B, there_BD, self._sae.decode(acts_BF), acts_BF)
-            yield acts_BF.cpu(), x_BD, _tensor(self._rows.text_of_row[start : start + len(x_BD)])
-            self._on_progress((start + len(x_BD)) / self._rows.rows)
+            part, which = active.of_rows(which_B)
+            self._by_flags[flags].update_sparse(x_BD[which_B], x_hat_BD[which_B], part, values[which])
 
 
 def _tensor(labels_B: NDArray[Any]) -> Tensor:

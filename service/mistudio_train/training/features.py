@@ -4,7 +4,8 @@ Owns the columns, their order and the size limit, and holds one row group at a t
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Final
@@ -44,17 +45,20 @@ METADATA_KEY: Final = "mistudio"
 
 
 @dataclass(frozen=True)
-class TokenFeatures:
-    """Features of consecutive rows, ordered by (text, position); for whole texts position and token id are -1."""
+class RowFeatures:
+    """Active features of B consecutive rows, ordered by (text, position), and in a row by feature; on the CPU.
+
+    For whole texts position and token id are -1. All but the activations are int64.
+    """
 
     text: Tensor
-    """[B], as the next two."""
+    """[B], as the next two: of each row, also of those without any feature."""
     position: Tensor
     token_id: Tensor
-    values: Tensor
-    """[B, K]: activations of up to K features of each row; zeros are places without one."""
-    indices: Tensor
-    """[B, K], int64: which features they are of, in any order."""
+    row: Tensor
+    """[N], as the next two, one entry each: which of the rows, from 0."""
+    feature: Tensor
+    activation: Tensor
 
 
 @dataclass(frozen=True)
@@ -69,20 +73,77 @@ class FeaturesInfo:
     first_missing_position: int | None
 
 
-def write_features(
-    path: Path, blocks: Iterable[TokenFeatures], *, d_sae: int, max_bytes: int, about: Mapping[str, object]
-) -> FeaturesInfo:
-    """Write the store as a stream. The file's metadata key `mistudio` holds a JSON object that describes it.
+class FeatureStore:
+    """A store that is being written; `feature_store` makes it. Holds one row group at a time."""
+
+    def __init__(self, writer: Any, sink: IO[bytes], d_sae: int, budget: int) -> None:
+        self.info = FeaturesInfo(0, False, None, None)
+        """What it holds; of all rows once it is closed."""
+        self._writer, self._sink, self._d_sae, self._budget = writer, sink, d_sae, budget
+        self._groups = 0
+        self._last_place = -1
+        self._waiting: list[pa.Table] = []
+        self._held = 0
+
+    def add(self, block: RowFeatures) -> None:
+        """Add rows behind those before; ignored from the first that did not fit.
+
+        Raises:
+            ExportRefused: if rows are out of order, a feature is out of range, or a number is not finite.
+            DiskFull: if the disk has no room.
+
+        """
+        if self.info.truncated:
+            return
+        self._last_place = _check_order(block, self._last_place)
+        table = _table(block, self._d_sae)
+        self._waiting.append(table)
+        self._held += len(table)
+        while self._held > GROUP_ENTRIES:
+            joined = pa.concat_tables(self._waiting).combine_chunks()
+            # A row of more features than a group holds has to be cut.
+            kept = _whole_rows(joined, GROUP_ENTRIES) or GROUP_ENTRIES
+            self._write(joined.slice(0, kept))
+            self._waiting = [joined.slice(kept)]
+            self._held -= kept
+
+    def flush(self) -> None:
+        """Write what waits for a group to be full."""
+        if self._held:
+            self._write(pa.concat_tables(self._waiting))
+            self._waiting, self._held = [], 0
+
+    def _write(self, group: pa.Table) -> None:
+        """A group whose first and last rows are whole, as far as it fits."""
+        if self.info.truncated:
+            return
+        self._groups += 1
+        room = (self._budget - self._sink.tell() - self._groups * GROUP_BYTES) // ENTRY_BYTES
+        kept = group.slice(0, _whole_rows(group, room)) if room < len(group) else group
+        if len(kept):
+            self._writer.write_table(kept, row_group_size=GROUP_ENTRIES)
+        entries = self.info.entries + len(kept)
+        if len(kept) == len(group):
+            self.info = FeaturesInfo(entries, False, None, None)
+        else:
+            missing = group.slice(len(kept), 1).to_pylist()[0]
+            self.info = FeaturesInfo(entries, True, missing["text"], missing["position"])
+
+
+@contextmanager
+def feature_store(path: Path, *, d_sae: int, max_bytes: int, about: Mapping[str, object]) -> Iterator[FeatureStore]:
+    """A store to add rows to, complete at the end; no file is left if anything is raised.
+
+    The file's metadata key `mistudio` holds a JSON object that describes it.
 
     Args:
         path: the file.
-        blocks: rows ordered by (text, position), none twice; consumed only as far as they fit.
         d_sae: number of features.
         max_bytes: size limit of the file; rows are left out from the first that might not fit.
         about: plain values to add to the description: model, layer, pooling.
 
     Raises:
-        ExportRefused: if rows are out of order, a feature is out of range, or a number is not finite.
+        ExportRefused: if the description is not plain.
         DiskFull: if the disk has no room.
 
     """
@@ -90,33 +151,20 @@ def write_features(
     description = {"columns": COLUMNS, "sorted_by": ["text", "position", "feature"], "d_sae": d_sae, **about}
     budget = max_bytes - FOOTER_BYTES - 4 * len(json.dumps(description))
     with whole(path) as partial, partial.open("wb") as sink, _parquet(sink) as writer:
-        info = _write_groups(writer, sink, _grouped(_entries(blocks, d_sae)), budget)
-        writer.add_key_value_metadata({METADATA_KEY: json.dumps(description | asdict(info), allow_nan=False)})
-    return info
+        store = FeatureStore(writer, sink, d_sae, budget)
+        yield store
+        store.flush()
+        writer.add_key_value_metadata({METADATA_KEY: json.dumps(description | asdict(store.info), allow_nan=False)})
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """What a store says of itself: what `write_features` was told of it, and the fields of `FeaturesInfo`."""
+    """What a store says of itself: what `feature_store` was told of it, and the fields of `FeaturesInfo`."""
     description: dict[str, Any] = json.loads(pq.ParquetFile(path).metadata.metadata[METADATA_KEY.encode()])
     return description
 
 
 def _parquet(sink: IO[bytes]) -> Any:
     return pq.ParquetWriter(sink, SCHEMA, compression="zstd", use_dictionary=False, column_encoding=ENCODINGS)
-
-
-def _write_groups(writer: Any, sink: IO[bytes], groups: Iterable[pa.Table], budget: int) -> FeaturesInfo:
-    entries = 0
-    for number, group in enumerate(groups, start=1):
-        room = (budget - sink.tell() - number * GROUP_BYTES) // ENTRY_BYTES
-        kept = group.slice(0, _whole_rows(group, room)) if room < len(group) else group
-        if len(kept):
-            writer.write_table(kept, row_group_size=GROUP_ENTRIES)
-        entries += len(kept)
-        if len(kept) < len(group):
-            missing = group.slice(len(kept), 1).to_pylist()[0]
-            return FeaturesInfo(entries, True, missing["text"], missing["position"])
-    return FeaturesInfo(entries, False, None, None)
 
 
 def _whole_rows(group: pa.Table, room: int) -> int:
@@ -128,50 +176,23 @@ def _whole_rows(group: pa.Table, room: int) -> int:
     return kept
 
 
-def _grouped(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The same entries in tables of at most `GROUP_ENTRIES`, none of which ends inside a row."""
-    waiting: list[pa.Table] = []
-    held = 0
-    for table in tables:
-        waiting.append(table)
-        held += len(table)
-        while held > GROUP_ENTRIES:
-            joined = pa.concat_tables(waiting).combine_chunks()
-            # A row of more features than a group holds has to be cut.
-            kept = _whole_rows(joined, GROUP_ENTRIES) or GROUP_ENTRIES
-            yield joined.slice(0, kept)
-            waiting = [joined.slice(kept)]
-            held -= kept
-    if held:
-        yield pa.concat_tables(waiting)
-
-
-def _entries(blocks: Iterable[TokenFeatures], d_sae: int) -> Iterator[pa.Table]:
-    last = -1
-    for block in blocks:
-        last = _check_order(block, last)
-        yield _table(block, d_sae)
-
-
-def _check_order(block: TokenFeatures, last: int) -> int:
+def _check_order(block: RowFeatures, last: int) -> int:
     """The place of the block's last row, as one number."""
-    place_B = (block.text.long() << 32) + block.position.long() + 1
-    in_order = torch.cat([torch.tensor([last]), place_B.cpu()]).diff() > 0
+    place_B = (block.text << 32) + block.position + 1
+    in_order = torch.cat([torch.tensor([last]), place_B]).diff() > 0
     if not in_order.all():
         row = int((~in_order).nonzero()[0])
         raise refused(f"text {int(block.text[row])} is out of order: rows must ascend by text and position")
     return int(place_B[-1]) if len(place_B) else last
 
 
-def _table(block: TokenFeatures, d_sae: int) -> pa.Table:
-    refuse_non_finite(block.values, "activations of features")
-    indices_BK, order_BK = block.indices.sort(dim=1)
-    values_BK = block.values.gather(1, order_BK)
-    row_N, place_N = (values_BK > 0).nonzero(as_tuple=True)
-    feature_N = indices_BK[row_N, place_N]
+def _table(block: RowFeatures, d_sae: int) -> pa.Table:
+    refuse_non_finite(block.activation, "activations of features")
+    row_N, feature_N = block.row, block.feature
     if len(feature_N) and not 0 <= int(feature_N.min()) <= int(feature_N.max()) < d_sae:
         raise refused(f"a feature is outside 0 to {d_sae - 1}")
+    if not ((row_N * d_sae + feature_N).diff() > 0).all():
+        raise refused("features of a row are out of order: they must ascend")
     integers = (block.text[row_N], block.position[row_N], block.token_id[row_N], feature_N)
-    columns = [column.to("cpu", torch.int32).numpy() for column in integers]
-    columns.append(values_BK[row_N, place_N].to("cpu", torch.float32).numpy())
+    columns = [*(column.int().numpy() for column in integers), block.activation.float().numpy()]
     return pa.table(columns, schema=SCHEMA)

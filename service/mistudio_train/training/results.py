@@ -4,12 +4,15 @@ Brings the writers together; each file's format is its own module's.
 """
 
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mistudio_schemas import CorpusInfo, CrossEntropy, ModelInfo, SAEConfig, SAEMetrics, SAEResult
 from mistudio_train import __version__
@@ -18,7 +21,7 @@ from mistudio_train.messages import JobSpec
 from . import advice
 from .bundle import BundleInfo, write_bundle
 from .evaluate import Evaluation, OrderedRows
-from .features import FeaturesInfo, write_features
+from .features import FeaturesInfo, FeatureStore, RowFeatures, feature_store
 from .files import write_json
 from .fit import Fitted
 from .metadata import Described, Paths, metadata
@@ -27,6 +30,7 @@ from .reporter import Reporter
 from .saelens import Origin, write_saelens
 from .selection import Selection
 from .sparsify import sparsify_cannot, write_sparsify
+from .text_rows import one_row_a_text
 from .texts import Texts
 
 DECISIONS = {
@@ -104,11 +108,8 @@ def write_result(
 
     reporter.enter("evaluating", f"evaluating {config.name}", (share[0], middle), config.name)
     evaluation = Evaluation(fitted.sae, rows, selection.flags, selection.left_out, context.device, on_progress)
-    bundle = _write_bundle(context, fitted, evaluation, folder, origin.layer)
+    bundle, features = _write_rows(context, fitted, evaluation, folder, origin)
     reporter.enter("exporting", f"writing the files of {config.name}", (middle, share[1]), config.name)
-    features = None
-    if not context.mean_pooled or bundle.truncated:
-        features = _write_features(context, evaluation, fitted.sae.d_sae, folder, origin)
     _warn_of_truncation(reporter, config, bundle, features)
     result = _result(
         context, config, fitted, evaluation.metrics(fitted.final_loss, cross_entropy), selection, origin, place
@@ -129,11 +130,50 @@ def write_result(
     return Written(result, bundle, _training_results(fitted, context) | _seconds(fitted))
 
 
-def _write_bundle(context: Context, fitted: Fitted, evaluation: Evaluation, folder: Path, layer: int) -> BundleInfo:
-    blocks = evaluation.text_blocks(context.corpus.texts, mean_pooled=context.mean_pooled)
+def _write_rows(
+    context: Context, fitted: Fitted, evaluation: Evaluation, folder: Path, origin: Origin
+) -> tuple[BundleInfo, FeaturesInfo | None]:
+    """Bundle and store, of tokens in one pass; of whole texts there is a store where the bundle does not hold all."""
+    if not context.mean_pooled:
+        bundle_bytes = 4 * context.corpus.texts * (fitted.sae.d_sae + 2 * fitted.sae.d_in)
+        reserved = min(bundle_bytes, context.spec.bundle_max_bytes)
+        with _store(context, fitted, folder, origin, reserved) as store:
+            bundle = _write_bundle(context, fitted, _added_to(store, evaluation.blocks()), folder, origin.layer)
+        return bundle, store.info
+    bundle = _write_bundle(context, fitted, evaluation.blocks(), folder, origin.layer)
+    if not bundle.truncated:
+        return bundle, None
+    with _store(context, fitted, folder, origin, reserved=0) as store:
+        for _ in _added_to(store, evaluation.blocks(count=False)):
+            pass
+    return bundle, store.info
+
+
+def _store(
+    context: Context, fitted: Fitted, folder: Path, origin: Origin, reserved: int
+) -> AbstractContextManager[FeatureStore]:
+    """As large as half of the disk's room but for what is reserved; the other half is the other files'."""
+    room = shutil.disk_usage(folder).free - reserved
+    about = {"pooling": context.spec.request.pooling, "model_name": context.info.model_name, "layer": origin.layer}
+    path = folder / "features" / "activations.parquet"
+    return feature_store(path, d_sae=fitted.sae.d_sae, max_bytes=room // 2, about=about)
+
+
+def _added_to(
+    store: FeatureStore, blocks: Iterable[tuple[RowFeatures, Tensor]]
+) -> Iterator[tuple[RowFeatures, Tensor]]:
+    for features, x_BD in blocks:
+        store.add(features)
+        yield features, x_BD
+
+
+def _write_bundle(
+    context: Context, fitted: Fitted, blocks: Iterable[tuple[RowFeatures, Tensor]], folder: Path, layer: int
+) -> BundleInfo:
+    texts = one_row_a_text(blocks, fitted.sae.d_sae, context.corpus.texts)
     bundle = write_bundle(
         folder / "feature_activations.pt",
-        blocks,
+        texts,
         texts=context.texts,
         total_rows=context.corpus.texts,
         d_sae=fitted.sae.d_sae,
@@ -143,7 +183,7 @@ def _write_bundle(context: Context, fitted: Fitted, evaluation: Evaluation, fold
         complete=context.spec.request.bundle_complete,
         pooling=context.spec.request.pooling,
     )
-    for _ in blocks:  # the statistics are of all rows, also of those that did not fit
+    for _ in texts:  # the statistics are of all rows, also of those that did not fit
         pass
     return bundle
 
@@ -161,18 +201,6 @@ def _warn_of_truncation(
             f"{config.name}: features/activations.parquet ends before text {features.first_missing_text}: "
             "the worker's disk has no room for more"
         )
-
-
-def _write_features(context: Context, evaluation: Evaluation, d_sae: int, folder: Path, origin: Origin) -> FeaturesInfo:
-    """All rows, as far as half of the disk's room goes; the other half is the other files'."""
-    about = {"pooling": context.spec.request.pooling, "model_name": context.info.model_name, "layer": origin.layer}
-    return write_features(
-        folder / "features" / "activations.parquet",
-        evaluation.sparse_blocks(),
-        d_sae=d_sae,
-        max_bytes=shutil.disk_usage(folder).free // 2,
-        about=about,
-    )
 
 
 def _write_model(context: Context, config: SAEConfig, fitted: Fitted, folder: Path, origin: Origin) -> None:

@@ -4,55 +4,53 @@ Owns that reduction, over blocks whose ends may fall inside a text; must not run
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .features import RowFeatures
 from .files import refused
 
 
-@dataclass
-class _Open:
-    """A text of which more tokens may come."""
+def one_row_a_text(
+    blocks: Iterable[tuple[RowFeatures, Tensor]], d_sae: int, n_texts: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows to text rows: of features the maximum over the text's rows, `acts_TF`, of activations the mean, `x_TD`.
 
-    text: int
-    maxima: Tensor
-    """[d_sae]"""
-    sums: Tensor
-    """[d_in]"""
-    tokens: int
-
-
-def one_row_a_text(blocks: Iterable[tuple[Tensor, Tensor, Tensor]], n_texts: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token rows to text rows: of features the maximum over the text's tokens, of activations the mean.
-
-    A text without any token (nothing but special ones) has no active feature: its rows are zeros.
+    A text without any row (nothing but special tokens) has no active feature: its rows are zeros.
 
     Args:
-        blocks: `acts_BF` (none negative), `x_BD`, and `text_B`, which text each row is of, ascending.
+        blocks: features, and the activations `x_BD` that they are of, in the order of the texts.
+        d_sae: number of features.
         n_texts: row i of all that is given belongs to text i, for i up to this.
 
     Raises:
         ExportRefused: if a row's text is out of order or range.
 
     """
-    unfinished: _Open | None = None
-    done = 0
-    for acts_BF, x_BD, text_B in blocks:
-        if not len(text_B):
+    text = 0  # of which more rows may come
+    maxima_F, sums_D, rows = torch.zeros(d_sae), None, torch.zeros((), dtype=torch.int64)
+    for features, x_BD in blocks:
+        if not len(x_BD):
             continue
-        _check_order(text_B, unfinished.text if unfinished else 0, n_texts)
-        texts = _reduced(acts_BF, x_BD, text_B)
-        if unfinished and unfinished.text == texts[0].text:
-            texts[0] = _joined(unfinished, texts[0])
-        elif unfinished:
-            texts.insert(0, unfinished)
-        *finished, unfinished = texts
-        yield _rows(finished, done, unfinished.text, unfinished)
-        done = unfinished.text
-    if unfinished:
-        yield _rows([unfinished], done, n_texts, unfinished)
+        _check_order(features.text, text, n_texts)
+        texts_B = features.text - text
+        count = int(texts_B[-1]) + 1
+        maxima_TF = torch.zeros(count, d_sae)
+        maxima_TF[0] = maxima_F
+        places_N = texts_B[features.row] * d_sae + features.feature
+        maxima_TF.view(-1).scatter_reduce_(0, places_N, features.activation, "amax")
+        sums_TD = torch.zeros(count, x_BD.shape[1], dtype=torch.float64)
+        sums_TD[0] = 0 if sums_D is None else sums_D
+        sums_TD.index_add_(0, texts_B, x_BD.double())
+        rows_T = torch.bincount(texts_B, minlength=count)
+        rows_T[0] += rows
+        yield maxima_TF[:-1], _mean(sums_TD[:-1], rows_T[:-1])
+        text, maxima_F, sums_D, rows = int(features.text[-1]), maxima_TF[-1].clone(), sums_TD[-1], rows_T[-1]
+    if sums_D is not None:
+        acts_TF, x_TD = torch.zeros(n_texts - text, d_sae), torch.zeros(n_texts - text, len(sums_D))
+        acts_TF[0], x_TD[0] = maxima_F, _mean(sums_D[None], rows[None])[0]
+        yield acts_TF, x_TD
 
 
 def _check_order(text_B: Tensor, least: int, n_texts: int) -> None:
@@ -60,23 +58,5 @@ def _check_order(text_B: Tensor, least: int, n_texts: int) -> None:
         raise refused(f"rows of tokens are not in the order of their texts, of which there are {n_texts}")
 
 
-def _reduced(acts_BF: Tensor, x_BD: Tensor, text_B: Tensor) -> list[_Open]:
-    text_T, tokens_T = torch.unique_consecutive(text_B, return_counts=True)
-    lengths = tokens_T.tolist()
-    pieces = zip(text_T.tolist(), torch.split(acts_BF, lengths), torch.split(x_BD, lengths), lengths, strict=True)
-    return [_Open(text, acts_LF.amax(0), x_LD.sum(0), tokens) for text, acts_LF, x_LD, tokens in pieces]
-
-
-def _joined(first: _Open, more: _Open) -> _Open:
-    maxima = torch.maximum(first.maxima, more.maxima)
-    return _Open(first.text, maxima, first.sums + more.sums, first.tokens + more.tokens)
-
-
-def _rows(texts: list[_Open], begin: int, end: int, like: _Open) -> tuple[Tensor, Tensor]:
-    """Rows `begin` to `end`, zeros where none of `texts` is."""
-    acts_TF = like.maxima.new_zeros(end - begin, len(like.maxima))
-    x_TD = like.sums.new_zeros(end - begin, len(like.sums))
-    for text in texts:
-        acts_TF[text.text - begin] = text.maxima
-        x_TD[text.text - begin] = text.sums / text.tokens
-    return acts_TF, x_TD
+def _mean(sums_TD: Tensor, rows_T: Tensor) -> Tensor:
+    return (sums_TD / rows_T[:, None].clamp_min(1)).float()
