@@ -513,10 +513,10 @@ def setting_of(options: argparse.Namespace) -> Setting:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and show; 0 always, for a figure of time is no test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=200_000, help="of the corpus, about")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of the corpus, about")
     parser.add_argument("--runs", type=int, default=2, help="of each side, in turns")
     parser.add_argument("--threads", type=int, help="cores for either side; all")
-    parser.add_argument("--latents", type=int, default=2048)
+    parser.add_argument("--latents", type=int, default=16_384)
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="ours")
     parser.add_argument("--peer-learning-rate", type=float, default=3e-3, help="SAELens'")
     parser.add_argument(

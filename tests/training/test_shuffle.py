@@ -2,7 +2,11 @@
 
 import subprocess
 import sys
+from collections import deque
+from collections.abc import Generator, Iterable
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -10,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mistudio_schemas import RowsInfo
+from mistudio_train.training import shuffle
 from mistudio_train.training.activations import ActivationWriter, Layout
 from mistudio_train.training.disk import ArrayFile, ArrayWriter
 from mistudio_train.training.selection import HELD_OUT, HIGH_NORM, Selection
@@ -38,6 +43,11 @@ def shuffled(folder: Path, buffer_bytes: int, seed: int = 0, dtype: torch.dtype 
     return ShuffledRows(store, selection_of(folder, flags), seed=seed, buffer_bytes=buffer_bytes)
 
 
+def copied(batches: Iterable[Tensor]) -> list[Tensor]:
+    """As each is gone when the next one is asked for."""
+    return [batch.clone() for batch in batches]
+
+
 def numbers(batches: list[Tensor]) -> list[int]:
     return torch.cat(batches)[:, 0].int().tolist()
 
@@ -49,7 +59,7 @@ SIZES = [BLOCK_BYTES, 10 * BLOCK_BYTES, 1 << 30]
 @pytest.mark.parametrize("buffer_bytes", SIZES)
 def test_an_epoch_holds_every_training_row_once_and_no_other(tmp_path: Path, buffer_bytes: int) -> None:
     rows = shuffled(tmp_path, buffer_bytes)
-    batches = list(rows.batches(0, 64))
+    batches = copied(rows.batches(0, 64))
     assert {len(batch) for batch in batches[:-1]} == {64}
     assert sorted(numbers(batches)) == TRAINED_ON
     assert rows.rows == len(TRAINED_ON)
@@ -59,8 +69,8 @@ def test_an_epoch_holds_every_training_row_once_and_no_other(tmp_path: Path, buf
 @pytest.mark.parametrize("buffer_bytes", SIZES)
 @pytest.mark.parametrize("start", [1, 64, 65, 1000, 3520, len(TRAINED_ON) - 1, len(TRAINED_ON)])
 def test_the_order_goes_on_from_any_place(tmp_path: Path, buffer_bytes: int, start: int) -> None:
-    whole = numbers(list(shuffled(tmp_path / "a", buffer_bytes).batches(3, 64)))
-    rest = list(shuffled(tmp_path / "b", buffer_bytes).batches(3, 64, start))
+    whole = numbers(copied(shuffled(tmp_path / "a", buffer_bytes).batches(3, 64)))
+    rest = copied(shuffled(tmp_path / "b", buffer_bytes).batches(3, 64, start))
     assert (numbers(rest) if rest else []) == whole[start:]
 
 
@@ -68,7 +78,7 @@ def test_the_order_goes_on_from_any_place(tmp_path: Path, buffer_bytes: int, sta
 def test_the_order_depends_on_seed_and_epoch_alone(tmp_path: Path, buffer_bytes: int) -> None:
     def order(seed: int, *epochs: int) -> list[int]:
         rows = shuffled(tmp_path, buffer_bytes, seed)
-        return [numbers(list(rows.batches(epoch, 64))) for epoch in epochs][-1]
+        return [numbers(copied(rows.batches(epoch, 64))) for epoch in epochs][-1]
 
     assert order(0, 2) == order(0, 0, 1, 2)
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
@@ -76,10 +86,32 @@ def test_the_order_depends_on_seed_and_epoch_alone(tmp_path: Path, buffer_bytes:
 
 def test_a_batch_has_rows_from_everywhere_although_the_buffer_is_small(tmp_path: Path) -> None:
     """Of the rows of one buffer, which are as many as ten blocks, next to none are neighbours."""
-    order = np.array(numbers(list(shuffled(tmp_path, 20 * BLOCK_BYTES).batches(0, 64))))
+    order = np.array(numbers(copied(shuffled(tmp_path, 20 * BLOCK_BYTES).batches(0, 64))))
     assert (np.abs(np.diff(order)) <= 2).mean() < 0.05
     spread = [np.ptp(order[start : start + 64]) for start in range(0, len(order) - 64, 64)]
     assert np.median(spread) > 0.8 * ROWS
+
+
+T = TypeVar("T")
+
+
+def at_once(items: Generator[T], count: int) -> Generator[T]:
+    """`ahead`, but always as far ahead as that may ever be."""
+    coming = deque(islice(items, count))
+    while coming:
+        item = coming.popleft()
+        coming.extend(islice(items, 1))
+        yield item
+
+
+@pytest.mark.parametrize("buffer_bytes", SIZES)
+def test_a_batch_stays_until_the_next_one_is_asked_for(
+    tmp_path: Path, buffer_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = copied(shuffled(tmp_path / "a", buffer_bytes).batches(0, 64))
+    monkeypatch.setattr(shuffle, "ahead", at_once)
+    for batch, wanted in zip(shuffled(tmp_path / "b", buffer_bytes).batches(0, 64), expected, strict=True):
+        assert torch.equal(batch, wanted)
 
 
 def test_rows_keep_their_precision(tmp_path: Path) -> None:
@@ -89,7 +121,7 @@ def test_rows_keep_their_precision(tmp_path: Path) -> None:
 
 def test_a_sample_is_of_the_first_epochs_first_rows(tmp_path: Path) -> None:
     rows = shuffled(tmp_path, 1 << 30)
-    first = numbers(list(rows.batches(0, 100))[:1])
+    first = numbers(copied(rows.batches(0, 100))[:1])
     assert numbers([rows.sample(100)]) == sorted(first)
     assert len(rows.sample(10**9)) == len(TRAINED_ON)
 

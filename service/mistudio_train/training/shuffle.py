@@ -71,28 +71,34 @@ class ShuffledRows:
     def batches(self, epoch: int, size: int, start: int = 0) -> Generator[Tensor]:
         """The epoch's rows from the place `start` on, `size` at a time: [B, d_in], in the store's precision.
 
-        The last batch may be smaller. Close the generator if it is not used up.
+        The last batch may be smaller. A batch is gone when the next one is asked for: its memory is used again. Close
+        the generator if it is not used up.
         """
         return ahead(self._batches(epoch, size, start), BATCHES_AHEAD)
 
     def _batches(self, epoch: int, size: int, start: int) -> Generator[Tensor]:
-        waiting = np.empty(0, self._row)
+        size = min(size, self.rows)
+        # Fresh memory for each, made on one thread and freed on another, piles up by some tens of megabytes.
+        buffers = itertools.cycle([self._empty(size) for _ in range(1 + BATCHES_AHEAD)])
+        batch, filled = next(buffers), 0
         with closing(self._pieces(epoch, size, start)) as pieces:
-            for piece in pieces:
-                waiting = np.concatenate([waiting, piece]) if len(waiting) else piece
-                if len(waiting) >= size:
-                    yield self._tensor(waiting[:size])
-                    waiting = waiting[size:]
-        if len(waiting):
-            yield self._tensor(waiting)
+            for chunk, places in pieces:
+                room = size - filled
+                for part in (places[:room], places[room:]):
+                    np.take(chunk, part, out=batch[filled : filled + len(part)], mode="clip")  # `raise` copies twice
+                    filled += len(part)
+                    if filled == size:
+                        yield self._tensor(batch)
+                        batch, filled = next(buffers), 0
+        if filled:
+            yield self._tensor(batch[:filled])
 
-    def _pieces(self, epoch: int, size: int, start: int) -> Generator[Rows]:
-        """The rows in their order from the place `start` on, at most `size` at a time, never of two chunks."""
+    def _pieces(self, epoch: int, size: int, start: int) -> Generator[tuple[Rows, NDArray[np.int64]]]:
+        """Where the rows are from the place `start` on, in their order, at most `size` at a time: chunks and places."""
         with closing(ahead(self._chunks(epoch, start), CHUNKS_AHEAD)) as chunks:
             for number, skipped, chunk in chunks:
                 order = RowOrder(len(chunk), (self._seed, epoch, number))
-                for places in order.batches(size, skipped):
-                    yield chunk[places]
+                yield from ((chunk, places) for places in order.batches(size, skipped))
 
     def _chunks(self, epoch: int, start: int) -> Generator[tuple[int, int, Rows]]:
         """Each chunk's number, how many of its rows come before the place `start`, and its rows, if not all do."""
