@@ -58,7 +58,7 @@ class ScheduledFields(SAEFields):
     """Where the decoder's bias begins: the mean or the geometric median of a first sample of rows."""
     dead_after: float | None = Field(None, gt=0, le=1)
     """A latent is dead after this share of the run's rows, or ten million rows if fewer, without being active; `null`:
-    0.1, of a mean-pooled job five epochs."""
+    0.05, of a mean-pooled job five epochs."""
     aux_k_coeff: float | None = Field(None, ge=0)
     """Weight of the loss by which dead latents learn the residual; 0: off; `null`: 0.03125, of `topk` 1.0, but off for
     a mean-pooled job of fewer than 20,000 rows."""

@@ -46,7 +46,7 @@ def test_topk_takes_its_kinds_own_recipe() -> None:
     recipe = recipe_for(config, rows=100_000, mean_pooled=False)
     assert recipe.learning_rate == pytest.approx(4e-4)  # 2e-4 / sqrt(1 / 4)
     assert (recipe.warmup, recipe.decay, recipe.grad_clip) == (0.05, 0.2, 1.0)
-    assert (recipe.batch_size, recipe.dead_after_rows, recipe.adam_eps) == (1024, 500_000, 1e-12)
+    assert (recipe.batch_size, recipe.dead_after_rows, recipe.adam_eps) == (1024, 250_000, 1e-12)
     assert (recipe.min_loss, recipe.patience, recipe.reinitialize_dead_every) == (None, None, 0)
     sae = build_sae(config, d_in=31)
     assert isinstance(sae, TopKAutoencoder)
@@ -105,7 +105,7 @@ def test_what_was_asked_for_is_not_settled_otherwise() -> None:
 
 def test_rows_to_train_on_may_be_named_instead_of_epochs() -> None:
     recipe = recipe_for(resolved(TopKSAE(batch_size=10, training_rows=250), max_epochs=99), rows=100, mean_pooled=False)
-    assert (recipe.max_epochs, recipe.total_steps(rows=100), recipe.dead_after_rows) == (3, 25, 25)
+    assert (recipe.max_epochs, recipe.total_steps(rows=100), recipe.dead_after_rows) == (3, 25, 13)
 
 
 def test_the_schedule_of_decoder_norms_is_not_the_seeds() -> None:
