@@ -203,11 +203,11 @@ class ScaledAutoencoder(SparseAutoencoder):
         if dead_F is None or self.pre_act_coeff == 0 or _surely_none(dead_F):
             return centred_BD.new_zeros(())
         places = slice(None) if dead_F.is_cuda else dead_F.nonzero().squeeze(1)  # a GPU would wait for their number
-        height_F = -self.b_enc[places] if threshold_F is None else (threshold_F - self.b_enc)[places]
+        threshold_F = torch.zeros_like(self.b_enc) if threshold_F is None else threshold_F
+        height_F = (threshold_F - self.b_enc)[places]
         # Linear in weights and thresholds, once it is known where p is below: no product of the encoder's is needed.
         with torch.no_grad():
-            limit_F = 0 if threshold_F is None else threshold_F[places]
-            below_BF = (pre_BF[:, places] < limit_F) & dead_F[places]
+            below_BF = (pre_BF[:, places] < threshold_F[places]) & dead_F[places]
             sums_FD = (below_BF.to(pre_BF.dtype).T @ centred_BD.to(pre_BF.dtype)).to(centred_BD.dtype)
         lack = (below_BF.sum(0) * height_F).sum() - (self.W_enc[places] * sums_FD).sum()
         return self.pre_act_coeff * lack / centred_BD.numel()

@@ -144,8 +144,8 @@ def _write_rows(
     if not bundle.truncated:
         return bundle, None
     with _store(context, fitted, folder, origin, reserved=0) as store:
-        for _ in _added_to(store, evaluation.blocks(count=False)):
-            pass
+        for features, _ in evaluation.blocks(count=False):
+            store.add(features)
     return bundle, store.info
 
 
