@@ -1,15 +1,20 @@
 """`jumprelu`, `gated` and the `standard` of weighted L1 against their formulas in dense matrices; what they learn."""
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mistudio_schemas import GatedSAE, JumpReLUSAE, SAEConfig, StandardSAE
-from mistudio_train.sae import sparse
+from mistudio_train.sae import gates, sparse
 from mistudio_train.sae.base import StepInput
 from mistudio_train.sae.build import build_sae
 from mistudio_train.sae.gated import GatedAutoencoder
-from mistudio_train.sae.gates import jump_relu
+from mistudio_train.sae.gates import gate, jump_relu, rectify
 from mistudio_train.sae.jumprelu import JumpReLUAutoencoder
 from mistudio_train.sae.l1 import L1Autoencoder
 from mistudio_train.sae.recipe import Recipe
@@ -118,16 +123,81 @@ def test_jumps_and_their_estimates_by_hand(everywhere: bool) -> None:
     pre = torch.tensor([[0.5, 1.05], [0.95, 3.0]])
     active = sparse.Everywhere(2, 2) if everywhere else sparse.Active.at(torch.arange(4), 2, 2)
     values = active.pick(pre).clone().requires_grad_()
-    threshold = torch.ones(2, requires_grad=True)
-    acts, number = jump_relu(active, values, threshold, 0.2)
+    threshold, bias = torch.ones(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    acts, number, tanh, counts = jump_relu(active, values, bias, threshold, 0.2, 0.5)
     assert acts.flatten().tolist() == pytest.approx([0, 1.05, 0, 3])
     assert number.item() == 2
+    assert tanh.item() == pytest.approx(math.tanh(0.525) + math.tanh(1.5))
+    assert counts.tolist() == [0, 2]
     slopes = torch.tensor([[1.0, 2.0], [3.0, 4.0]]).view_as(acts)
-    by_value, by_threshold = torch.autograd.grad((acts * slopes).sum(), (values, threshold), retain_graph=True)
+    inputs = values, threshold, bias
+    by_value, by_threshold, by_bias = torch.autograd.grad((acts * slopes).sum(), inputs, retain_graph=True)
     assert by_value.flatten().tolist() == [0, 2, 0, 4]
     assert by_threshold.tolist() == pytest.approx([-15, -10])
-    (by_threshold,) = torch.autograd.grad(number, threshold)
+    assert by_bias.tolist() == [0, 6]
+    by_value, by_threshold, by_bias = torch.autograd.grad(number, inputs, retain_graph=True)
+    assert by_value.flatten().tolist() == [0, 0, 0, 0]
     assert by_threshold.tolist() == pytest.approx([-5, -5])
+    assert by_bias.tolist() == [0, 0]
+    by_value, by_threshold, by_bias = torch.autograd.grad(tanh, inputs)
+    steep, flat = (0.5 * (1 - math.tanh(x) ** 2) for x in (0.525, 1.5))
+    assert by_value.flatten().tolist() == pytest.approx([0, steep, 0, flat])
+    assert by_threshold.tolist() == pytest.approx([-0.5 / 0.2, -steep / 0.2])
+    assert by_bias.tolist() == pytest.approx([0, steep + flat])
+
+
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("function", [rectify, gate])
+def test_gates_have_the_gradients_of_their_values(everywhere: bool, function: Callable[..., Any]) -> None:
+    """The bias is in the values already, so here it is added to them once more."""
+    generator = torch.Generator().manual_seed(3)
+    pre = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+    active = sparse.Everywhere(6, 5) if everywhere else sparse.Active.at(torch.arange(30), 6, 5)
+    of_latents = torch.rand(3 if function is gate else 1, 5, generator=generator, dtype=torch.float64)
+    of_latents.requires_grad_()
+
+    def checked(pre: Tensor, of_latents: Tensor) -> tuple[Tensor, ...]:
+        values = active.pick(pre) + active.per_place(of_latents[0]).detach()
+        *found, counts = function(active, values, *of_latents)
+        assert torch.equal(counts, ((pre + of_latents[0]) > 0).sum(0))
+        return tuple(found)
+
+    pre.requires_grad_()
+    squares = torch.stack([one.square().sum() for one in checked(pre, of_latents)])
+    analytic = torch.autograd.grad(squares.sum(), (pre, of_latents))
+
+    def plain(pre: Tensor, of_latents: Tensor) -> Tensor:
+        p = pre + of_latents[0]
+        g = p.relu()
+        if function is rectify:
+            return g.square().sum() + g.sum(0).square().sum()
+        h = (p > 0) * (of_latents[1] * p + of_latents[2]).relu()
+        return g.square().sum() + h.square().sum() + g.sum().square()
+
+    numeric = torch.autograd.grad(plain(pre, of_latents), (pre, of_latents))
+    for found, wanted in zip(analytic, numeric, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the tracer's look at it
+@pytest.mark.parametrize("config", KINDS[1:], ids=["tanh", "gated", "l1"])
+def test_what_a_gpu_compiles_can_be_traced_whole(config: SAEConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a break in the graph, and once for all batches of a size: each is another object for the places."""
+    monkeypatch.setattr(sparse, "DENSE_ABOVE", 0.0)
+    x = rows(3 * BATCH).view(3, BATCH, D_IN)
+    wanted = [gradients(built(config), x_BD) for x_BD in x]
+    counter = CompileCounterWithBackend("aot_eager")
+    for name in ("_rectified", "_rectified_backward", "_opened", "_opened_backward", "_jumped", "_jumped_backward"):
+        function = getattr(gates, name).__wrapped__
+        monkeypatch.setattr(gates, name, torch.compile(function, backend=counter, fullgraph=True, dynamic=False))
+    for x_BD, expected in zip(x, wanted, strict=True):
+        for found, one in zip(gradients(built(config), x_BD), expected, strict=True):
+            torch.testing.assert_close(found, one)
+    assert counter.frame_count == 2
+
+
+def gradients(sae: ScaledAutoencoder, x_BD: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(sae.step(StepInput(x_BD, 0, 1)).loss, list(sae.parameters())))
 
 
 @of_each_kind

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mistudio_train.sae.sparse import Active, Everywhere, active_above, decode_at, encode_at
+from mistudio_train.sae.sparse import Active, Everywhere, active_above, centred_bias, decode_at, encode_at, with_bias
 
 ROWS, D_IN, D_SAE = 6, 4, 9
 PATTERNS: dict[str, list[list[int]]] = {
@@ -74,7 +74,9 @@ def test_gradients_are_right(active: Active) -> None:
         centred = (rows - centre).detach()
         pre = (centred @ w_enc.T + bias).detach()
         values = active.pick(pre)
-        return decode_at(active, encode_at(active, values, centred, centre, w_enc, bias).tanh(), w_dec)
+        values = encode_at(active, values, centred, w_enc)
+        values = with_bias(active, values, centred_bias(centre, w_enc, bias))
+        return decode_at(active, values.tanh(), w_dec)
 
     assert torch.autograd.gradcheck(there_and_back, inputs)
 

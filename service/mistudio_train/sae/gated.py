@@ -59,17 +59,18 @@ class GatedAutoencoder(ScaledAutoencoder):
             active = active_above(pre_BF, 0)
         values_N = self.values_at(active, pre_BF, centred_BD)
         gain_F = self.r_mag.exp()
-        gate_N, acts_N = gate(active, values_N, gain_F, self.b_mag - gain_F * self.b_enc)
+        offset_F = self.b_mag - gain_F * self.b_enc
+        gate_N, acts_N, gates, active_rows_F = gate(active, values_N, self.bias(), gain_F, offset_F)
         z_hat_BD = decode_at(active, acts_N, self.W_dec) + self.b_dec
         gate_hat_BD = decode_at(active, gate_N, self.W_dec.detach()) + self.b_dec.detach()
         reconstruction_loss = functional.mse_loss(z_hat_BD, z_BD)
         sparsity_loss = (
-            self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * gate_N.sum(dtype=z_BD.dtype) / z_BD.numel()
+            self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * gates / z_BD.numel()
             + functional.mse_loss(gate_hat_BD, z_BD)
             + self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
             + self.pre_act_loss(pre_BF, centred_BD, inputs.dead_F)
         )
-        return self.output(active, acts_N, len(z_BD), reconstruction_loss, sparsity_loss)
+        return self.output(active_rows_F, len(z_BD), reconstruction_loss, sparsity_loss)
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """The activations h / s, so that they and their decoder rows make up x and not z."""

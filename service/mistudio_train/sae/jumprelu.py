@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .base import ACTIVE_ABOVE, StepInput, StepOutput
+from .base import StepInput, StepOutput
 from .folded import FoldedSAE, plain
 from .gates import jump_relu
-from .kernels import fused
 from .scaled import ScaledAutoencoder, ScaledOptions
 from .sparse import active_above, decode_at, encode_at
 
@@ -79,21 +78,20 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
             near = active_above(pre_BF, self.threshold - self.bandwidth / 2)
             values_N = near.scores(pre_BF, centred_BD, self.W_enc, self.b_enc)
             active = near.zero_below(values_N, self.threshold)
-        values_N = encode_at(active, values_N, centred_BD, self.b_dec, self.W_enc, self.b_enc)
-        acts_N, number = jump_relu(active, values_N, self.threshold, self.bandwidth)
-        l0 = number / len(z_BD)
+        values_N = encode_at(active, values_N, centred_BD, self.W_enc)
+        tanh_scale = TANH_SCALE if self.target_l0 is None else 0.0
+        acts_N, number, tanh, active_rows_F = jump_relu(
+            active, values_N, self.bias(), self.threshold, self.bandwidth, tanh_scale
+        )
         z_hat_BD = decode_at(active, acts_N, self.W_dec) + self.b_dec
         reconstruction_loss = functional.mse_loss(z_hat_BD, z_BD)
-        sparsity_loss = self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * self._penalty(acts_N, l0, len(z_BD))
-        sparsity_loss = sparsity_loss + self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
-        sparsity_loss = sparsity_loss + self.pre_act_loss(pre_BF, centred_BD, inputs.dead_F, self.threshold)
-        return StepOutput(
-            loss=reconstruction_loss + sparsity_loss,
-            reconstruction_loss=reconstruction_loss,
-            sparsity_loss=sparsity_loss,
-            l0=l0.detach(),
-            active_rows_F=active.count_above(acts_N.detach(), ACTIVE_ABOVE),
+        penalty = tanh / z_BD.numel() if self.target_l0 is None else (number / len(z_BD) / self.target_l0 - 1).square()
+        sparsity_loss = (
+            self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * penalty
+            + self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
+            + self.pre_act_loss(pre_BF, centred_BD, inputs.dead_F, self.threshold)
         )
+        return self.output(active_rows_F, len(z_BD), reconstruction_loss, sparsity_loss)
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """The activations h / s, so that they and their decoder rows make up x and not z."""
@@ -110,13 +108,3 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
         """With the thresholds θ / s."""
         threshold_F = self.threshold.detach().double() / self.scale.double()
         return replace(super().folded(), threshold=plain(threshold_F))
-
-    def _penalty(self, acts_N: Tensor, l0: Tensor, rows: int) -> Tensor:
-        if self.target_l0 is not None:
-            return (l0 / self.target_l0 - 1).square()
-        return _sum_of_tanh(acts_N) / (rows * self.d_in)
-
-
-@fused
-def _sum_of_tanh(acts_N: Tensor) -> Tensor:
-    return (TANH_SCALE * acts_N).tanh().sum(dtype=torch.promote_types(acts_N.dtype, torch.float32))

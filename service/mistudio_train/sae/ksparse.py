@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .base import StepInput, StepOutput
+from .base import ACTIVE_ABOVE, StepInput, StepOutput
 from .scaled import ScaledAutoencoder, ScaledOptions
 from .sparse import Active, decode_at
 
@@ -44,7 +44,8 @@ class KSparseAutoencoder(ScaledAutoencoder):
             centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
             active = self.choose(pre_BF)
-        values_N = self.values_at(active, pre_BF, centred_BD).relu()
+        values_N = self.rectified_at(active, pre_BF, centred_BD)
         reconstruction_loss, z_hat_BD = self.reconstruction_loss(active, values_N, z_BD)
         aux_loss = self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
-        return self.output(active, values_N, len(z_BD), reconstruction_loss, aux_loss)
+        active_rows_F = active.count_above(values_N.detach(), ACTIVE_ABOVE)
+        return self.output(active_rows_F, len(z_BD), reconstruction_loss, aux_loss)

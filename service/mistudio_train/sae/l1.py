@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from .base import StepInput, StepOutput
+from .gates import rectify
+from .kernels import fused
 from .scaled import ScaledAutoencoder, ScaledOptions
 from .sparse import active_above, decode_at
 
@@ -47,15 +49,15 @@ class L1Autoencoder(ScaledAutoencoder):
             centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
             active = active_above(pre_BF, 0)
-        acts_N, acts_F = active.rectified(self.values_at(active, pre_BF, centred_BD))
+        values_N = self.values_at(active, pre_BF, centred_BD)
+        acts_N, acts_F, active_rows_F = rectify(active, values_N, self.bias())
         z_hat_BD = decode_at(active, acts_N, self.W_dec) + self.b_dec
         reconstruction_loss = functional.mse_loss(z_hat_BD, z_BD)
-        weight_F = torch.linalg.vector_norm(self.W_dec, dim=1)
-        penalty = (acts_F * weight_F).sum() / z_BD.numel()
+        penalty = (acts_F * _norms(self.W_dec)).sum() / z_BD.numel()
         sparsity_loss = self.sparsity_coeff * inputs.risen(self.sparsity_warmup) * penalty
         sparsity_loss = sparsity_loss + self.aux_k_loss(pre_BF, centred_BD, (z_BD - z_hat_BD).detach(), inputs.dead_F)
         sparsity_loss = sparsity_loss + self.pre_act_loss(pre_BF, centred_BD, inputs.dead_F)
-        return self.output(active, acts_N, len(z_BD), reconstruction_loss, sparsity_loss)
+        return self.output(active_rows_F, len(z_BD), reconstruction_loss, sparsity_loss)
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """The activations h / s, so that they and their decoder rows make up x and not z."""
@@ -66,3 +68,9 @@ class L1Autoencoder(ScaledAutoencoder):
 
     def after_update(self) -> None:
         """Nothing: the norms are free."""
+
+
+@fused
+def _norms(weight_FD: Tensor) -> Tensor:
+    norm_F: Tensor = torch.linalg.vector_norm(weight_FD, dim=1)
+    return norm_F

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .base import ACTIVE_ABOVE, SparseAutoencoder, StepOutput
+from .base import SparseAutoencoder, StepOutput
 from .folded import FoldedSAE, plain
 from .kernels import fused
 from .largest import largest_of_rows
-from .sparse import Active, Everywhere, decode_at, encode_at
+from .sparse import Active, Everywhere, centred_bias, decode_at, encode_at, with_bias
 
 LEAST_NORM = 1e-12
 DECODER_RATE = 2.0
@@ -167,16 +167,22 @@ class ScaledAutoencoder(SparseAutoencoder):
         return torch.addmm(bias_F, centred_BD.to(dtype), weight_FD.T, out=memory[:rows])
 
     def values_at(self, active: Active, pre_BF: Tensor, centred_BD: Tensor) -> Tensor:
-        """The p at the active places, with gradients of b_dec and of the encoder."""
+        """The p at the active places, with a gradient of W_enc."""
         with torch.no_grad():
             values_N = active.scores(pre_BF, centred_BD, self.W_enc, self.b_enc)
-        return encode_at(active, values_N, centred_BD, self.b_dec, self.W_enc, self.b_enc)
+        return encode_at(active, values_N, centred_BD, self.W_enc)
 
-    def output(
-        self, active: Active, acts_N: Tensor, rows: int, reconstruction_loss: Tensor, sparsity_loss: Tensor
-    ) -> StepOutput:
-        """What a step says whose activations h at the active places are `acts_N`."""
-        active_rows_F = active.count_above(acts_N.detach(), ACTIVE_ABOVE)
+    def bias(self) -> Tensor:
+        """The b_enc of p, with gradients of itself and of b_dec."""
+        return centred_bias(self.b_dec, self.W_enc, self.b_enc)
+
+    def rectified_at(self, active: Active, pre_BF: Tensor, centred_BD: Tensor) -> Tensor:
+        """The ReLU(p) at the active places, with all gradients."""
+        return with_bias(active, self.values_at(active, pre_BF, centred_BD), self.bias()).relu()
+
+    @staticmethod
+    def output(active_rows_F: Tensor, rows: int, reconstruction_loss: Tensor, sparsity_loss: Tensor) -> StepOutput:
+        """What a step says on whose rows each latent was active so many times."""
         return StepOutput(
             loss=reconstruction_loss + sparsity_loss,
             reconstruction_loss=reconstruction_loss,
@@ -191,7 +197,7 @@ class ScaledAutoencoder(SparseAutoencoder):
             return residual_BD.new_zeros(())
         with torch.no_grad():
             active, taken = self._largest_dead(pre_BF, dead_F)
-        values_N = self.values_at(active, pre_BF, centred_BD).relu() * taken
+        values_N = self.rectified_at(active, pre_BF, centred_BD) * taken
         error = (decode_at(active, values_N, self.W_dec) - residual_BD).square().sum()
         energy = residual_BD.square().sum().clamp_min(torch.finfo(residual_BD.dtype).tiny)
         return self.aux_k_coeff * error / energy
@@ -207,9 +213,9 @@ class ScaledAutoencoder(SparseAutoencoder):
         height_F = (threshold_F - self.b_enc)[places]
         # Linear in weights and thresholds, once it is known where p is below: no product of the encoder's is needed.
         with torch.no_grad():
-            below_BF = (pre_BF[:, places] < threshold_F[places]) & dead_F[places]
-            sums_FD = (below_BF.to(pre_BF.dtype).T @ centred_BD.to(pre_BF.dtype)).to(centred_BD.dtype)
-        lack = (below_BF.sum(0) * height_F).sum() - (self.W_enc[places] * sums_FD).sum()
+            below_BF, rows_below_F = _below(pre_BF[:, places], threshold_F[places], dead_F[places])
+            sums_FD = Everywhere(*below_BF.shape).transpose_times(below_BF, centred_BD)
+        lack = (rows_below_F * height_F).sum() - (self.W_enc[places] * sums_FD).sum()
         return self.pre_act_coeff * lack / centred_BD.numel()
 
     def _largest_dead(self, pre_BF: Tensor, dead_F: Tensor) -> tuple[Active, Tensor | float]:
@@ -226,6 +232,13 @@ class ScaledAutoencoder(SparseAutoencoder):
 def _surely_none(dead_F: Tensor) -> bool:
     """Whether no latent is dead; reading a flag would make a GPU wait, while on a CPU it spares the work of a loss."""
     return not dead_F.is_cuda and not bool(dead_F.any())
+
+
+@fused
+def _below(pre_BF: Tensor, threshold_F: Tensor, of_these_F: Tensor) -> tuple[Tensor, Tensor]:
+    """Where these latents are below their thresholds, as numbers, and on how many rows."""
+    below_BF = (pre_BF < threshold_F) & of_these_F
+    return below_BF.to(pre_BF.dtype), below_BF.sum(0, dtype=torch.int32)
 
 
 @fused

@@ -117,10 +117,9 @@ class Active:
         counts_F = torch.zeros(self.d_sae, dtype=torch.int32, device=values_N.device)
         return counts_F.scatter_add_(0, self.latents_N, (values_N > floor).int()).long()
 
-    def rectified(self, values_N: Tensor) -> tuple[Tensor, Tensor]:
-        """ReLU of the values, and its sum over rows: [d_sae]; with gradients."""
-        acts_N = values_N.relu()
-        return acts_N, self.sum_by_latent(acts_N)
+    def total(self, values_N: Tensor) -> Tensor:
+        """The sum of all of them, at least fp32."""
+        return values_N.sum(dtype=_of_sums(values_N))
 
     def sum_by_latent(self, values_N: Tensor) -> Tensor:
         """S's sum over rows, of the values' type: [d_sae]."""
@@ -160,8 +159,8 @@ class Active:
         )
         return torch.mm(transposed_FB, rows_BD)
 
-    def products(self, rows_BD: Tensor, weight_FD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """The matrix rows @ weightᵀ at the places only: [N]; the type is what a matrix of all places would have."""
+    def products(self, rows_BD: Tensor, weight_FD: Tensor) -> Tensor:
+        """The matrix rows @ weightᵀ at the places only: [N]."""
         if self._by_kernels(rows_BD):
             return kernels.products(self.row_starts, self.latents_N, rows_BD, weight_FD)
         if self._by_library(rows_BD):
@@ -263,11 +262,11 @@ class Everywhere(Active):
 
     def count_above(self, values_BF: Tensor, floor: float) -> Tensor:
         """On how many rows each latent's value is above a number: int64 [d_sae]."""
-        return _count_above(values_BF, floor)
+        return (values_BF > floor).sum(0, dtype=torch.int32).long()  # three times as fast as with int64
 
-    def rectified(self, values_BF: Tensor) -> tuple[Tensor, Tensor]:
-        """ReLU of the matrix, and its sum over rows: [d_sae]; with gradients."""
-        return _rectified(values_BF)
+    def total(self, values_BF: Tensor) -> Tensor:
+        """The sum of all of them, at least fp32; by way of latents, whose other sums a GPU makes at the same time."""
+        return self.sum_by_latent(values_BF).sum()
 
     def sum_by_latent(self, values_BF: Tensor) -> Tensor:
         """The matrix' sum over rows: [d_sae]."""
@@ -289,10 +288,9 @@ class Everywhere(Active):
         """A dense product: [d_sae, d_in]."""
         return _summed_wide(values_BF.T, rows_BD)
 
-    def products(self, rows_BD: Tensor, weight_FD: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A dense product of that type, or the weight's: [B, d_sae]."""
-        dtype = dtype or weight_FD.dtype
-        return rows_BD.to(dtype) @ weight_FD.to(dtype).T
+    def products(self, rows_BD: Tensor, weight_FD: Tensor) -> Tensor:
+        """A dense product of the weight's type: [B, d_sae]."""
+        return rows_BD.to(weight_FD.dtype) @ weight_FD.T
 
     def per_place(self, per_latent_F: Tensor) -> Tensor:
         """A number of each latent on every row."""
@@ -313,17 +311,6 @@ def active_above(matrix_BF: Tensor, floor: Tensor | float) -> Active:
     return Active.at(torch.from_numpy(places_N), *which_BF.shape)
 
 
-@kernels.fused
-def _count_above(values_BF: Tensor, floor: float) -> Tensor:
-    return (values_BF > floor).sum(0, dtype=torch.int32).long()  # three times as fast as with int64
-
-
-@kernels.fused
-def _rectified(values_BF: Tensor) -> tuple[Tensor, Tensor]:
-    acts_BF = values_BF.relu()
-    return acts_BF, acts_BF.sum(0, dtype=_of_sums(values_BF))
-
-
 def _of_sums(tensor: Tensor) -> torch.dtype:
     """At least fp32."""
     return torch.promote_types(tensor.dtype, torch.float32)
@@ -339,14 +326,21 @@ def _summed_wide(narrow: Tensor, other: Tensor) -> Tensor:
     return (narrow @ other).float()
 
 
-def encode_at(
-    active: Active, values_N: Tensor, centred_BD: Tensor, centre_D: Tensor, weight_FD: Tensor, bias_F: Tensor
-) -> Tensor:
-    """The `scores` of centred @ weightᵀ + bias, which are there already, with their gradients.
+def encode_at(active: Active, values_N: Tensor, centred_BD: Tensor, weight_FD: Tensor) -> Tensor:
+    """The `scores` of centred @ weightᵀ + bias, which are there already, with their gradient of the weight alone."""
+    found_N: Tensor = _EncodeAt.apply(active, values_N, centred_BD, weight_FD)  # type: ignore[no-untyped-call]
+    return found_N
 
-    Of the weight, of the bias, and of the centre that was subtracted from rows to give `centred_BD`.
-    """
-    found_N: Tensor = _EncodeAt.apply(active, values_N, centred_BD, centre_D, weight_FD, bias_F)  # type: ignore[no-untyped-call]
+
+def centred_bias(centre_D: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
+    """The bias, with a gradient of the centre, too: it is added to (row - centre) @ weightᵀ, so that it moves both."""
+    found_F: Tensor = _CentredBias.apply(centre_D, weight_FD, bias_F)  # type: ignore[no-untyped-call]
+    return found_F
+
+
+def with_bias(active: Active, values_N: Tensor, bias_F: Tensor) -> Tensor:
+    """Values that have a bias in them already, with its gradient."""
+    found_N: Tensor = _WithBias.apply(active, values_N, bias_F)  # type: ignore[no-untyped-call]
     return found_N
 
 
@@ -358,31 +352,47 @@ def decode_at(active: Active, values_N: Tensor, weight_FD: Tensor) -> Tensor:
 
 class _EncodeAt(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        active: Active,
-        values_N: Tensor,
-        centred_BD: Tensor,
-        centre_D: Tensor,
-        weight_FD: Tensor,
-        bias_F: Tensor,
-    ) -> Tensor:
+    def forward(ctx: Any, active: Active, values_N: Tensor, centred_BD: Tensor, weight_FD: Tensor) -> Tensor:
         ctx.active = active
-        ctx.save_for_backward(centred_BD, weight_FD)
+        ctx.save_for_backward(centred_BD)
         return values_N.view_as(values_N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, slope_N: Tensor) -> tuple[Tensor | None, ...]:
-        centred_BD, weight_FD = ctx.saved_tensors
-        bias_slope_F = ctx.active.sum_by_latent(slope_N)
-        weight_slope_FD = ctx.active.transpose_times(slope_N, centred_BD)
-        return None, None, None, -(bias_slope_F @ weight_FD), weight_slope_FD, bias_slope_F
+        (centred_BD,) = ctx.saved_tensors
+        return None, None, None, ctx.active.transpose_times(slope_N, centred_BD)
+
+
+class _CentredBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, centre_D: Tensor, weight_FD: Tensor, bias_F: Tensor) -> Tensor:
+        ctx.save_for_backward(weight_FD)
+        return bias_F.view_as(bias_F)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope_F: Tensor) -> tuple[Tensor | None, ...]:
+        (weight_FD,) = ctx.saved_tensors
+        return -(slope_F @ weight_FD), None, slope_F
+
+
+class _WithBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, active: Active, values_N: Tensor, bias_F: Tensor) -> Tensor:
+        ctx.active = active
+        return values_N.view_as(values_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, slope_N: Tensor) -> tuple[Tensor | None, ...]:
+        return None, slope_N, ctx.active.sum_by_latent(slope_N)
 
 
 class _DecodeAt(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, active: Active, values_N: Tensor, weight_FD: Tensor) -> Tensor:
+        weight_FD = weight_FD.to(values_N.dtype)  # once for the way back, too
         ctx.active = active
         ctx.save_for_backward(values_N, weight_FD)
         return active.times(values_N, weight_FD)
@@ -391,6 +401,6 @@ class _DecodeAt(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, slope_BD: Tensor) -> tuple[Tensor | None, ...]:
         values_N, weight_FD = ctx.saved_tensors
-        slope_BD = slope_BD.contiguous()
+        slope_BD = slope_BD.to(weight_FD.dtype).contiguous()
         weight_slope_FD = ctx.active.transpose_times(values_N, slope_BD) if ctx.needs_input_grad[2] else None
-        return None, ctx.active.products(slope_BD, weight_FD, values_N.dtype), weight_slope_FD
+        return None, ctx.active.products(slope_BD, weight_FD), weight_slope_FD
