@@ -69,3 +69,17 @@ def test_a_row_with_a_value_that_is_no_number_has_it_among_its_largest() -> None
     x = matrix(4, 1024)
     x[2, 77] = torch.nan
     assert 77 in largest_of_rows(x, 4)[2].tolist()
+
+
+@pytest.mark.parametrize("columns", [64, 4096], ids=["in one stage", "in two"])
+def test_equal_ones_at_the_border_of_a_row_do_not_make_it_longer(columns: int) -> None:
+    x = matrix(6, columns).abs()
+    x[2, :7] = 9.0  # more than are wanted
+    x[4, 3] = torch.nan  # and one that is no number, elsewhere: together as many places as without both
+    found = largest_of_rows(x, 5)
+    assert found.shape == (6, 5)
+    assert all(len(set(row)) == 5 for row in found.tolist())
+    assert set(found[2].tolist()) <= set(range(7))
+    assert 3 in found[4].tolist()
+    for row in (0, 1, 3, 5):
+        assert sorted(found[row].tolist()) == sorted(x[row].topk(5).indices.tolist())

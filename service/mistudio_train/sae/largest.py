@@ -3,11 +3,14 @@
 Owns the choice; must not know what the entries are, nor what becomes of them.
 """
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from .sparse import Active
 
 LEAST_GROUP = 4
+BY_PARTITION = (torch.float32, torch.float64)
 GUESS_BELOW = 0.9
 """Of the last smallest chosen entry; further down there would be more to select from, nearer to it more misses."""
 LEAST_GUESS = 1e-6
@@ -25,13 +28,25 @@ def largest_of_rows(matrix_BF: Tensor, k: int) -> Tensor:
     rows, columns = matrix_BF.shape
     size = _group_size(columns, k)
     if size < LEAST_GROUP:
-        return matrix_BF.topk(k, dim=1, sorted=False).indices
+        return _selected(matrix_BF, k)
     groups = columns // size
     grouped = matrix_BF.view(rows, size, groups)
-    best_BK = grouped.amax(1).topk(k, dim=1, sorted=False).indices
+    best_BK = _selected(grouped.amax(1), k)
     candidates = grouped.gather(2, best_BK[:, None, :].expand(rows, size, k)).view(rows, size * k)
-    chosen_BK = candidates.topk(k, dim=1, sorted=False).indices
+    chosen_BK = _selected(candidates, k)
     return chosen_BK.div(k, rounding_mode="floor") * groups + best_BK.gather(1, chosen_BK % k)
+
+
+def _selected(matrix_BN: Tensor, k: int) -> Tensor:
+    """The same in one stage; on a CPU by NumPy's partition, in half of PyTorch's time."""
+    if matrix_BN.dtype in BY_PARTITION and not matrix_BN.is_cuda:
+        array, columns = matrix_BN.numpy(), matrix_BN.shape[1]
+        least_B = np.partition(array, columns - k, axis=1)[:, columns - k]
+        # not `>=`: what is no number is the largest, to PyTorch, too
+        places_N = np.flatnonzero(~(array < least_B[:, None]))
+        if len(places_N) == len(array) * k:  # or some are equal at a border
+            return torch.from_numpy(places_N % columns).view(-1, k)
+    return matrix_BN.topk(k, dim=1, sorted=False).indices
 
 
 def _group_size(columns: int, k: int) -> int:
