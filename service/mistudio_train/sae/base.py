@@ -39,6 +39,11 @@ class StepInput:
         risen = (self.step + 1) / steps
         return risen.clamp_max(1.0) if isinstance(risen, Tensor) else min(1.0, risen)
 
+    def is_in_last(self, share: float) -> float | Tensor:
+        """1 in the last `share` of the steps, else 0."""
+        late = self.step >= self.total_steps - round(share * self.total_steps)
+        return late.float() if isinstance(late, Tensor) else float(late)
+
 
 @dataclass(frozen=True, eq=False)
 class StepOutput:
@@ -66,7 +71,9 @@ class SparseAutoencoder(nn.Module, ABC):
     operands: torch.dtype = torch.float32
     """What the operands of products of whole batches are rounded to, by kinds that can; weights and sums are fp32."""
     encoder_start: ClassVar[float] = 1.0
-    """The encoder's rows are so many times the decoder's at the start."""
+    """The encoder's rows are so many times the drawn ones at the start."""
+    decoder_start: ClassVar[float] = 1.0
+    """And the decoder's."""
 
     def __init__(self, d_in: int, d_sae: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -96,7 +103,7 @@ class SparseAutoencoder(nn.Module, ABC):
         return {}
 
     def reset_latents(self, which_F: Tensor, generator: torch.Generator) -> None:
-        """Give the latents in `which_F` fresh encoder rows and biases, and decoder rows that copy those.
+        """Give the latents in `which_F` fresh encoder rows and biases, and decoder rows of the same directions.
 
         A whole encoder is drawn, on the CPU, so that the values depend neither on the device nor on which are reset.
         """
@@ -106,8 +113,8 @@ class SparseAutoencoder(nn.Module, ABC):
     def _draw(self, which_F: Tensor, generator: torch.Generator) -> None:
         drawn_FD, drawn_F = self.draw_encoder(generator)
         which_F = which_F.to(self.W_enc.device)
-        fresh = (self.W_enc, self.encoder_start * drawn_FD), (self.b_enc, drawn_F), (self.W_dec, drawn_FD)
-        for parameter, drawn in fresh:
+        encoder_FD, decoder_FD = self.encoder_start * drawn_FD, self.decoder_start * drawn_FD
+        for parameter, drawn in ((self.W_enc, encoder_FD), (self.b_enc, drawn_F), (self.W_dec, decoder_FD)):
             parameter[which_F] = drawn.to(parameter)[which_F]
 
     def resample(self, dead_F: Tensor, x_BD: Tensor, generator: torch.Generator) -> Tensor:

@@ -40,7 +40,7 @@ def largest_of_rows(matrix_BF: Tensor, k: int) -> Tensor:
 def _selected(matrix_BN: Tensor, k: int) -> Tensor:
     """The same in one stage; on a CPU by NumPy's partition, in half of PyTorch's time."""
     if matrix_BN.dtype in BY_PARTITION and not matrix_BN.is_cuda:
-        array, columns = matrix_BN.numpy(), matrix_BN.shape[1]
+        array, columns = matrix_BN.detach().numpy(), matrix_BN.shape[1]
         least_B = np.partition(array, columns - k, axis=1)[:, columns - k]
         # not `>=`: what is no number is the largest, to PyTorch, too
         places_N = np.flatnonzero(~(array < least_B[:, None]))

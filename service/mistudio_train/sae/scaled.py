@@ -116,7 +116,7 @@ class ScaledAutoencoder(SparseAutoencoder):
         if len(places):
             rows = torch.multinomial(loss_B.square(), len(places), generator=generator)
             directions = functional.normalize(residual_BD[rows.to(residual_BD.device)], dim=1)
-            self.W_dec[places] = directions
+            self.W_dec[places] = self.decoder_start * directions
             self.W_enc[places] = RESAMPLED_NORM * norm * directions
         return which_F
 
