@@ -9,8 +9,8 @@ from mistudio_train.sae.trainer import Trainer
 
 
 def adam_of(weights: dict[str, Tensor], *, free: bool = False) -> torch.optim.Adam:
-    """Decoders whose rows' norms are not `free` learn twice as fast as the rest, logarithms of thresholds ten times."""
-    rates = {"W_dec": 1.0 if free else 2.0, "log_threshold": 10.0}
+    """Decoders learn twice as fast as the rest, `free` ones four times, logarithms of thresholds ten times."""
+    rates = {"W_dec": 4.0 if free else 2.0, "log_threshold": 10.0}
     return torch.optim.Adam([{"params": [one], "rate": rates.get(name, 1.0)} for name, one in weights.items()], lr=1.0)
 
 
