@@ -303,10 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")  # SAELens' libraries'
     console = Console(width=126, highlight=False)
     torch.backends.cuda.matmul.allow_tf32 = True  # for SAELens in fp32
-    about = (
-        f"d {options.d}, B {options.batch}, k {options.k}, precision {options.precision},"
-        f" {torch.get_num_threads()} threads. {machine()}"
-    )
+    about = f"precision {options.precision}, {torch.get_num_threads()} threads. {machine()}"
     measured: list[Measured] = []
     for case in cases(options.widths, options.kinds, options.d, options.batch, options.k):
         one = measure(case, options.runs, options.device, options.precision, peer=not options.no_peer)
@@ -316,7 +313,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.profile:
             console.print(profiled(case, options.device, options.precision))
     show(measured, console)
-    console.print(f"{about}, torch {torch.__version__}")
+    console.print(f"d {options.d}, B {options.batch}, k {options.k}, {about}, torch {torch.__version__}")
     return 0
 
 
