@@ -16,13 +16,13 @@ validation rows; what it was before is reported, too. The other kinds are traine
 side, chosen by the L0 they gave with seed 0, and all figures are linear in log L0 between the two neighbours of the L0
 that is wanted. Where it has no two neighbours there is no figure.
 
-What differs is what the trainers are. SAELens' decoder begins with rows of norm 0.1, ours with norm 1, and ours stays
-there (but for `standard`). Both clip gradients at a norm of 1, but its loss sums over a row's width where ours is a
-mean: of its gradients all are clipped, of ours few. Its auxiliary loss for dead latents, in the k-sparse kinds only,
-has the coefficient 1 on a squared error; ours has 1/32 (`topk`: 1) on one that is divided by the residual's, in all
-kinds, and those of a penalty have a loss that lifts dead latents to their thresholds. Its
-`jumprelu` has the penalty on L0 that is its default, ours the quadratic one for a target, which is the coefficient. Its
-`matryoshka` sums the losses of prefixes, ours takes their mean. Each side is otherwise as it comes.
+What differs is what the trainers are. SAELens' decoder begins with rows of norm 0.1, ours with norm 1 and stays there
+(`standard`: 0.3, and free), and ours learns twice as fast as the encoder (`standard`: four times). Its auxiliary loss
+for dead latents, in the k-sparse kinds only, has the coefficient 1 on a squared error; ours has 1/32 (`topk`: 1) on one
+that is divided by the residual's, in all kinds, and those of a penalty have a loss that lifts dead latents to their
+thresholds. Its `jumprelu` has the penalty on L0 that is its default, ours the quadratic one for a target, which is the
+coefficient. Its `matryoshka` sums the losses of prefixes, ours takes their mean. Our `standard` holds the decoder's
+norms fixed in the penalty over the last fifth. Each side is otherwise as it comes.
 
 `defaults` is SAELens with nothing tuned: learning rate 3e-4, constant, no warm-up, dead after 1000 steps, threshold
 rate 0.01, decoder bias 0, no rise of the penalty; with the scaled rows, and with coefficients for the same L0s.

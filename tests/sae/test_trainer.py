@@ -84,6 +84,22 @@ def assert_same(first: Any, second: Any) -> None:
         assert same, path
 
 
+def test_what_a_gpu_had_not_seen_yet_is_seen_on_a_cpu() -> None:
+    """A GPU's checkpoint says whether it has seen dead latents, which is some steps ago."""
+    x, dead = rows(), 4
+    config = TopKSAE(hidden_dim=D_SAE, seed=4, k=4, aux_k_coeff=1.0)
+    trainer = trainer_of(config)
+    trainer.prepare(x)
+    bury(trainer, dead)
+    trainer.load_state_dict(trainer.state_dict() | {"any_dead": False})
+    trainer._rows_since_active_F[:dead] = trainer.recipe.dead_after_rows
+    trainer.epoch = 100
+    trainer.step(x[:16])
+    figures = trainer.measure()
+    assert figures is not None
+    assert figures.sparsity_loss > 0
+
+
 @pytest.mark.parametrize("config", KINDS, ids=lambda config: config.kind)
 @pytest.mark.parametrize("stop_at", [1, 5, 8, 23])
 def test_resumed_equals_uninterrupted_bit_for_bit(config: SAEConfig, stop_at: int) -> None:

@@ -200,7 +200,7 @@ class ScaledAutoencoder(SparseAutoencoder):
         values_N = self.rectified_at(active, pre_BF, centred_BD) * taken
         error = (decode_at(active, values_N, self.W_dec) - residual_BD).square().sum()
         energy = residual_BD.square().sum().clamp_min(torch.finfo(residual_BD.dtype).tiny)
-        return self.aux_k_coeff * error / energy
+        return self.aux_k_coeff * error / energy * dead_F.any()  # else a GPU's is that of reconstructing nothing
 
     def pre_act_loss(
         self, pre_BF: Tensor, centred_BD: Tensor, dead_F: Tensor | None, threshold_F: Tensor | None = None

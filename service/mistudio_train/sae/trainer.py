@@ -265,9 +265,11 @@ class Trainer:
 
     def _revives(self) -> bool:
         """Not while no latent can be dead, or a GPU's last look at them, some steps ago, has seen none that is."""
-        if self.device.type == "cuda" and self._can_be_dead and self.steps % COUNT_DEAD_EVERY == 0:
+        if self.device.type != "cuda" or not self._can_be_dead:
+            return self._can_be_dead
+        if self.steps % COUNT_DEAD_EVERY == 0:
             self._any_dead = self._late_dead.read(self._dead_latents().sum()) != 0
-        return self._can_be_dead and self._any_dead
+        return self._any_dead
 
     def _count(self, active_rows_F: Tensor, rows: int) -> None:
         self._active_rows_F += active_rows_F
