@@ -23,7 +23,7 @@ HOLDS_NORMS = 0.2
 
 
 class L1Autoencoder(ScaledAutoencoder):
-    """With p, z, L_aux and L_pre of `ScaledAutoencoder`, but decoder rows of any norm.
+    """With p, z, L_aux and L_pre of `ScaledAutoencoder`, but decoder rows of any norm, which begin at 0.3.
 
         h = ReLU(p),  ẑ = W_decᵀ h + b_dec
         L = mean (ẑ - z)² + λ(t) · mean over rows of Σ_f h_f ||W_dec,f|| / D + L_aux + L_pre
