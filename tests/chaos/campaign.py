@@ -93,7 +93,8 @@ async def _disturbed(world: World, plan: Plan, say: Callable[[str], None]) -> De
     rng, began = random.Random(plan.seed), time.monotonic()
     deeds = Deeds(world, rng, plan.slots, plan.restart_seconds, plan.cold, plan.trapped)
     deeds.begin_keeping()
-    asking = asyncio.create_task(_keep_asking(world, random.Random(plan.seed)))
+    enough_asked = asyncio.Event()
+    asking = asyncio.create_task(_keep_asking(world, random.Random(plan.seed), enough_asked))
     said, last_end = 0, (0, 0)
     try:
         while True:
@@ -112,18 +113,20 @@ async def _disturbed(world: World, plan: Plan, say: Callable[[str], None]) -> De
             await asyncio.sleep(rng.uniform(*plan.pause))
             if asking.done():
                 await asking
-    finally:
+    except BaseException:
         asking.cancel()
-        await asyncio.gather(asking, return_exceptions=True)
+        raise
+    enough_asked.set()
     await deeds.calm()
+    await asking  # to its end: a request that is half sent would be waited for
     say(f"{time.monotonic() - began:.0f} s: {deeds.kills} kills; now peace")
     return deeds
 
 
-async def _keep_asking(world: World, rng: random.Random) -> None:
+async def _keep_asking(world: World, rng: random.Random, enough: asyncio.Event) -> None:
     """For jobs, so that some wait at any time."""
     kinds, number = list(world.requests), 0
-    while True:
+    while not enough.is_set():
         waiting = [job for job in world.asked if job not in world.watch.ends]
         if len(waiting) < OUTSTANDING:
             number += 1

@@ -238,13 +238,20 @@ class World:
         record = record_for(request, source="/chaos", topics=self.settings.topics).as_dict()
         self.asked[job_id] = kind
         while True:
-            try:
-                async with asyncio.timeout(ASK_SECONDS):  # a client whose broker dies may wait for ever
-                    if not await self._is_asked(job_id):
-                        await publish(self.settings, record)
+            # A client whose broker dies may wait for ever, and may swallow the cancellation by which a timeout ends it.
+            asking = asyncio.create_task(self._ask(job_id, record))
+            await asyncio.wait({asking}, timeout=ASK_SECONDS)
+            if not asking.cancel() and not asking.cancelled():
+                error = asking.exception()
+                if error is None:
                     return
-            except (KafkaError, OSError, TimeoutError):  # it may be there or not
-                await asyncio.sleep(0.5)
+                if not isinstance(error, KafkaError | OSError | TimeoutError):
+                    raise error
+            await asyncio.sleep(0.5)  # it may be there or not
+
+    async def _ask(self, job_id: str, record: dict[str, Any]) -> None:
+        if not await self._is_asked(job_id):
+            await publish(self.settings, record)
 
     async def _is_asked(self, job_id: str) -> bool:
         async with reading(self.settings, self.settings.topics.requested) as reader:
