@@ -75,7 +75,7 @@ def test_a_row_with_a_value_that_is_no_number_has_it_among_its_largest() -> None
 def test_equal_ones_at_the_border_of_a_row_do_not_make_it_longer(columns: int) -> None:
     x = matrix(6, columns).abs()
     x[2, :7] = 9.0  # more than are wanted
-    x[4, 3] = torch.nan  # and one that is no number, elsewhere: together as many places as without both
+    x[4, 3] = torch.nan  # and one that is no number, elsewhere
     found = largest_of_rows(x, 5)
     assert found.shape == (6, 5)
     assert all(len(set(row)) == 5 for row in found.tolist())
