@@ -105,7 +105,8 @@ def config_of(case: Case) -> SAEConfig:
             return MatryoshkaSAE(**shape, k=case.k, group_shares=SHARES)
         case "jumprelu":
             threshold = case.threshold(ScaledAutoencoder.encoder_start)
-            return JumpReLUSAE(**shape, target_l0=None, initial_threshold=max(0.03, threshold))
+            target = case.m * (case.active or 0.5)
+            return JumpReLUSAE(**shape, target_l0=target, initial_threshold=max(0.03, threshold))
         case "gated":
             return GatedSAE(**shape)
         case "l1":

@@ -3,8 +3,8 @@
 What is equal: the rows, scaled once before either side sees them (about their mean, their mean squared norm is their
 width); which are left out; the batches, by row number, step by step; their number and size; the shape; the decoder's
 first bias, the mean of the same sample; warm-up over 5% of the steps and decay to zero over the last 20%; Adam and its
-betas; when a latent counts as dead (a tenth of the steps), how fast a threshold moves (0.05); over how many steps a
-penalty rises.
+betas; how fast a threshold moves (0.05); over how many steps a penalty rises; when a latent counts as dead, a tenth of
+the steps (for our `jumprelu` and `gated` a twentieth: SAELens' have nothing that minds dead ones).
 
 Each side has the learning rate that gave the lowest FVU on validation rows with seed 0: of a grid, a factor of 3 apart,
 which goes on until the best is at no edge, and then of the two places half-way to its neighbours. Figures are of other

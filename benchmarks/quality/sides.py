@@ -39,6 +39,8 @@ SPARSITY_WARMUP: Final = {"jumprelu": 0.2, "gated": 0.05, "standard": 0.05}
 """Share of the steps over which the penalty rises."""
 DEAD_AFTER: Final = 0.1
 """Share of the steps without being active that makes a latent dead."""
+OURS_DEAD_AFTER: Final = {"jumprelu": 0.05, "gated": 0.05}
+"""Where SAELens trains no dead latents at all: our default."""
 THRESHOLD_RATE: Final = 0.05
 DEFAULT_RATE: Final = 3e-4
 """SAELens' own learning rate."""
@@ -90,7 +92,7 @@ def our_config(run: Run, shape: Shape) -> SAEConfig:
         "learning_rate": run.lr,
         "warmup": WARMUP,
         "decay": DECAY,
-        "dead_after": DEAD_AFTER,
+        "dead_after": OURS_DEAD_AFTER.get(run.kind, DEAD_AFTER),
     }
     warmup = SPARSITY_WARMUP.get(run.kind)
     made: dict[str, Callable[[], SAEConfig]] = {
