@@ -84,6 +84,34 @@ async def test_a_client_that_ends_in_a_cancellation_of_its_own_does_not_end_its_
     await kafka.close(client)
 
 
+async def test_a_client_that_minds_no_cancellation_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("START_SECONDS", "CLOSE_SECONDS", "CANCEL_SECONDS"):
+        monkeypatch.setattr(kafka, name, 0.1)
+    released, swallowed = asyncio.Event(), []
+
+    class Client:
+        async def start(self) -> None:
+            while not released.is_set():
+                try:
+                    await released.wait()
+                except asyncio.CancelledError as error:
+                    swallowed.append(error)
+
+        stop = start
+
+    client: Any = Client()
+    with pytest.raises(KafkaTimeoutError, match="has not started"):
+        await kafka.start(client)
+    await kafka.close(client)
+    user = asyncio.create_task(kafka.start(client))
+    await asyncio.sleep(0)
+    user.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await user
+    assert len(swallowed) == 5  # two starts, and a close after each and between them
+    released.set()
+
+
 async def test_a_client_is_closed_to_its_end_though_its_user_is_cancelled(worker_settings: Settings) -> None:
     closing, client = asyncio.Event(), kafka.producer(worker_settings)
     really_stop = client.stop

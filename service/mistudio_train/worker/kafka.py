@@ -6,7 +6,7 @@ FastStream is the bus; the raw clients here are for what it has not: transaction
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -27,7 +27,7 @@ DAY_MS = 24 * 3600 * 1000
 MAX_MESSAGE_BYTES = 10 * 1024 * 1024
 MAX_LETTER_BYTES = MAX_MESSAGE_BYTES + 64 * 1024
 """Of a dead letter: any message, and the reason."""
-START_SECONDS, CLOSE_SECONDS = 60.0, 5.0
+START_SECONDS, CLOSE_SECONDS, CANCEL_SECONDS = 60.0, 5.0, 1.0
 
 Client = TypeVar("Client", AIOKafkaConsumer, AIOKafkaProducer)
 
@@ -126,8 +126,7 @@ async def start(client: AIOKafkaConsumer | AIOKafkaProducer) -> None:
 
     """
     try:
-        async with asyncio.timeout(START_SECONDS):
-            await client.start()
+        await _at_most(START_SECONDS, client.start())
     except TimeoutError:
         await close(client)
         raise KafkaTimeoutError(f"a client of the broker has not started within {START_SECONDS:.0f} s") from None
@@ -139,7 +138,7 @@ async def start(client: AIOKafkaConsumer | AIOKafkaProducer) -> None:
 async def close(client: AIOKafkaConsumer | AIOKafkaProducer) -> None:
     """Close a client to its end, also when the caller is cancelled meanwhile: half closed it keeps its connections.
 
-    A broker that is away does not hold this up, and is no error.
+    A broker that is away does not hold this up, nor does a client that minds no cancellation; neither is an error.
     """
     closing = asyncio.create_task(_close(client))
     try:
@@ -151,7 +150,7 @@ async def close(client: AIOKafkaConsumer | AIOKafkaProducer) -> None:
 
 async def _close(client: AIOKafkaConsumer | AIOKafkaProducer) -> None:
     try:
-        await asyncio.wait_for(client.stop(), CLOSE_SECONDS)
+        await _at_most(CLOSE_SECONDS, client.stop())
     except (KafkaError, TimeoutError, AssertionError) as error:
         # aiokafka raises AssertionError from a producer that an earlier error has killed
         logger.debug("closing a client: %s", type(error).__name__)
@@ -160,6 +159,27 @@ async def _close(client: AIOKafkaConsumer | AIOKafkaProducer) -> None:
         # meant for us: passed on, it would silently end whoever closes it
         if asyncio.current_task().cancelling():  # type: ignore[union-attr]
             raise
+
+
+async def _at_most(seconds: float, doing: Coroutine[Any, Any, None]) -> None:
+    """Do it; if it takes longer, or the caller is cancelled, it is cancelled and given a moment to end.
+
+    A client may swallow a cancellation, for which `asyncio.timeout` and `wait_for` would wait for ever.
+
+    Raises:
+        TimeoutError: if it took longer.
+
+    """
+    task = asyncio.ensure_future(doing)
+    try:
+        ended, _ = await asyncio.wait([task], timeout=seconds)
+    finally:
+        if task.cancel():
+            task.add_done_callback(lambda task: task.cancelled() or task.exception())  # whatever it is, nobody asks
+            await asyncio.wait([task], timeout=CANCEL_SECONDS)
+    if not ended:
+        raise TimeoutError
+    await task
 
 
 @dataclass(frozen=True)
