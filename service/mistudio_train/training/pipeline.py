@@ -27,8 +27,9 @@ from .run import Accepted
 from .saelens import Origin
 from .selection import MOST_LEFT_OUT, Selection, hold_out, select
 from .sites import Site
-from .sweep import Wanted, free, make_saes
+from .sweep import free, make_saes
 from .tokens import frame_of
+from .wanted import Wanted
 
 LOADING: Final = (0.02, 0.05)
 EXTRACTING: Final = (0.05, 0.4)

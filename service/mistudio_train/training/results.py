@@ -20,7 +20,7 @@ from mistudio_train.messages import JobSpec
 
 from . import advice
 from .bundle import BundleInfo, write_bundle
-from .evaluate import Evaluation, OrderedRows
+from .evaluate import Evaluation
 from .features import FeaturesInfo, FeatureStore, RowFeatures, feature_store
 from .files import write_json
 from .fit import Fitted
@@ -28,10 +28,10 @@ from .metadata import Described, Paths, metadata
 from .model_file import write_model_file
 from .reporter import Reporter
 from .saelens import Origin, write_saelens
-from .selection import Selection
 from .sparsify import sparsify_cannot, write_sparsify
 from .text_rows import one_row_a_text
 from .texts import Texts
+from .wanted import Trained
 
 DECISIONS = {
     "final_weights": "the weights after the last epoch; final_loss is that epoch's mean loss",
@@ -70,11 +70,7 @@ class Written:
 
 def write_result(
     context: Context,
-    config: SAEConfig,
-    fitted: Fitted,
-    rows: OrderedRows,
-    selection: Selection,
-    origin: Origin,
+    trained: Trained,
     cross_entropy: CrossEntropy | None,
     place: str,
     reporter: Reporter,
@@ -84,11 +80,7 @@ def write_result(
 
     Args:
         context: of the job.
-        config: resolved.
-        fitted: the SAE.
-        rows: of its site.
-        selection: what each of them is.
-        origin: its site in SAELens' words.
+        trained: the SAE.
         cross_entropy: what the language model loses with it in its place, if that was measured.
         place: its folder below the run's root, ending in `/`; empty for the primary SAE.
         reporter: told how far it is.
@@ -98,6 +90,8 @@ def write_result(
         ExportRefused: if a file would be wrong for its readers.
         DiskFull: if the disk has no room.
     """
+    wanted, fitted = trained.wanted, trained.fitted
+    name, rows, selection, origin = wanted.config.name, wanted.store, wanted.selection, wanted.origin
     middle = (share[0] + share[1]) / 2
     folder = context.spec.output / place
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,14 +100,12 @@ def write_result(
         if reporter.due:
             reporter.say(done)
 
-    reporter.enter("evaluating", f"evaluating {config.name}", (share[0], middle), config.name)
+    reporter.enter("evaluating", f"evaluating {name}", (share[0], middle), name)
     evaluation = Evaluation(fitted.sae, rows, selection.flags, selection.left_out, context.device, on_progress)
     bundle, features = _write_rows(context, fitted, evaluation, folder, origin)
-    reporter.enter("exporting", f"writing the files of {config.name}", (middle, share[1]), config.name)
-    _warn_of_truncation(reporter, config, bundle, features)
-    result = _result(
-        context, config, fitted, evaluation.metrics(fitted.final_loss, cross_entropy), selection, origin, place
-    )
+    reporter.enter("exporting", f"writing the files of {name}", (middle, share[1]), name)
+    _warn_of_truncation(reporter, wanted.config, bundle, features)
+    result = _result(context, trained, evaluation.metrics(fitted.final_loss, cross_entropy), place)
     statistics = evaluation.statistics().result()
     rates_F = torch.tensor(statistics["feature_activation_rates"], dtype=torch.float64)
     if context.mean_pooled:
@@ -123,10 +115,8 @@ def write_result(
     write_saelens(folder / "sae", fitted.sae, origin, rates_F)
     if sparsify_cannot(fitted.sae) is None:
         write_sparsify(folder / "sparsify", fitted.sae)
-    _write_model(context, config, fitted, folder, origin)
-    write_json(
-        folder / "metadata.json", metadata(_described(context, config, fitted, result, statistics, bundle, features))
-    )
+    _write_model(context, fitted, folder, origin)
+    write_json(folder / "metadata.json", metadata(_described(context, fitted, result, statistics, bundle, features)))
     return Written(result, bundle, _training_results(fitted, context) | _seconds(fitted))
 
 
@@ -203,7 +193,7 @@ def _warn_of_truncation(
         )
 
 
-def _write_model(context: Context, config: SAEConfig, fitted: Fitted, folder: Path, origin: Origin) -> None:
+def _write_model(context: Context, fitted: Fitted, folder: Path, origin: Origin) -> None:
     settings = _settings(fitted)
     asked = context.spec.request.model_dump(mode="json", exclude={"huggingface_token", "sae", "saes"})
     write_model_file(
@@ -220,7 +210,6 @@ def _write_model(context: Context, config: SAEConfig, fitted: Fitted, folder: Pa
 
 def _described(
     context: Context,
-    config: SAEConfig,
     fitted: Fitted,
     result: SAEResult,
     statistics: dict[str, Any],
@@ -254,15 +243,8 @@ def _info(context: Context, layer: int) -> ModelInfo:
     return context.info.model_copy(update={"selected_layer": layer})
 
 
-def _result(
-    context: Context,
-    config: SAEConfig,
-    fitted: Fitted,
-    metrics: SAEMetrics,
-    selection: Selection,
-    origin: Origin,
-    place: str,
-) -> SAEResult:
+def _result(context: Context, trained: Trained, metrics: SAEMetrics, place: str) -> SAEResult:
+    config, origin, fitted = trained.wanted.config, trained.wanted.origin, trained.fitted
     return SAEResult(
         name=config.name or config.kind,
         kind=config.kind,
@@ -273,7 +255,7 @@ def _result(
         epochs_trained=len(fitted.epochs),
         steps=fitted.steps,
         stop_reason=fitted.stop_reason,
-        rows=selection.counts,
+        rows=trained.wanted.selection.counts,
         metrics=metrics,
         prefix=context.spec.uri_prefix + place,
     )

@@ -12,12 +12,11 @@ from typing import Final
 
 import torch
 
-from mistudio_schemas import Contract, CrossEntropy, SAEConfig, SAEFailure
+from mistudio_schemas import Contract, CrossEntropy, SAEFailure
 from mistudio_train.errors import JobError, MemoryExhausted, ModelRefused, TrainingDiverged
 from mistudio_train.messages import LeftEarly
 from mistudio_train.sae.build import recipe_for
 
-from .activations import ActivationStore
 from .allocator import give_back
 from .checkpoints import Checkpoints, KeptTraining
 from .files import write_json
@@ -28,44 +27,16 @@ from .memory_plan import GIB, MemoryPlan
 from .reporter import Reporter
 from .results import Context, Written, write_result
 from .run import Accepted
-from .saelens import Origin
-from .selection import Selection
 from .shuffle import ShuffledRows
-from .sites import Site
 from .spliced import Splice, cross_entropies
 from .tokens import Tokens
+from .wanted import Trained, Wanted
 
 TRAINING: Final = (0.4, 0.85)
 SPLICING: Final = (0.85, 0.9)
 WRITING: Final = (0.9, 1.0)
 FAILS_ALONE: Final = (TrainingDiverged, MemoryExhausted, FailedBefore)
 """What is the matter with one SAE and need not be with the others."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """An SAE that is asked for, and what it is to be trained on."""
-
-    position: int
-    config: SAEConfig
-    """Resolved."""
-    site: Site
-    store: ActivationStore
-    selection: Selection
-    origin: Origin
-
-    @property
-    def folder(self) -> str:
-        """Of its files below the run's root, if it is not the primary one, whose files lie at the root itself."""
-        return f"saes/{self.config.name}/"
-
-
-@dataclass(frozen=True)
-class Trained:
-    """An SAE that was."""
-
-    wanted: Wanted
-    fitted: Fitted
 
 
 @dataclass(frozen=True)
@@ -215,14 +186,9 @@ def _write_all(
 ) -> list[Written]:
     written = []
     for number, (one, loss) in enumerate(zip(trained, losses, strict=True)):
-        mine, place = one.wanted, one.wanted.folder if number else ""
-        share = _part(WRITING, number, len(trained))
-        written.append(
-            write_result(
-                context, mine.config, one.fitted, mine.store, mine.selection, mine.origin, loss, place, reporter, share
-            )
-        )
-        shutil.copyfile(_log(mine, job), job.spec.output / place / "training_log.jsonl")
+        place, share = one.wanted.folder if number else "", _part(WRITING, number, len(trained))
+        written.append(write_result(context, one, loss, place, reporter, share))
+        shutil.copyfile(_log(one.wanted, job), job.spec.output / place / "training_log.jsonl")
         free(job.plan)
     return written
 
