@@ -21,7 +21,7 @@ with warnings.catch_warnings():  # PyTorch says once, at the first such matrix, 
 
 INT16_LATENTS = 2**15
 DENSE_ABOVE = 1 / 8
-"""Share of the places. Steps are as fast either way at one in five, but there places take more memory than matrices."""
+"""Share of the places. Steps are as fast either way at one in five, but there a job takes more memory."""
 
 
 class Active:
@@ -307,7 +307,7 @@ def active_above(matrix_BF: Tensor, floor: Tensor | float) -> Active:
 
 def _weighted_sums(starts: Tensor, places_N: Tensor, values_N: Tensor, rows_XD: Tensor) -> Tensor:
     """For each start but the last the sum of the rows at its places, each times its value: [starts - 1, d_in]."""
-    if rows_XD.is_cuda:  # cuSPARSE is faster there
+    if rows_XD.is_cuda:  # by cuSPARSE
         shape = (len(starts) - 1, len(rows_XD))
         return torch.mm(torch.sparse_csr_tensor(starts, places_N, values_N, shape, check_invariants=False), rows_XD)
     # what a gradient needs is not kept for it then, and other layouts would take a hundred times as long
