@@ -37,12 +37,14 @@ def test_figures_and_features_equal_a_brute_force_evaluation(
 ) -> None:
     monkeypatch.setattr(sparse, "DENSE_ABOVE", dense_above)
     monkeypatch.setattr(evaluate, "BLOCK_BYTES", 16 * (4 * D_SAE + 8 * FP64_COPIES * D_IN))
+    monkeypatch.setattr(evaluate, "PLACES_AT_ONCE", 7 * D_SAE)
     x, folded = rows(203), small_sae(kind)
     flags = np.zeros(203, np.uint8)
     flags[100:] |= HELD_OUT
     flags[::7] |= OUTLIER
     evaluation = Evaluation(folded, Stored(x), flags, OUTLIER, torch.device("cpu"), lambda done: None)
     found = list(evaluation.blocks())
+    assert max(len(features.text) for features, _ in found) == (16 if dense_above else 7)
     texts = list(one_row_a_text(found, D_SAE, 42))
     acts = folded.encode(x)
     hat = folded.decode(acts)

@@ -4,6 +4,7 @@ Owns the arithmetic and its gradients; must not know of scaling, kinds or foldin
 """
 
 import warnings
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
@@ -99,6 +100,10 @@ class Active:
         """Row, latent and value of what is not zero, ascending in rows where places are."""
         kept_N = values_N != 0
         return self.row_of_place[kept_N], self.latents_N[kept_N], values_N[kept_N]
+
+    def parts(self, values_N: Tensor, places: int) -> Iterator[tuple[slice, "Active", Tensor]]:
+        """Rows after rows, with their places and values: all at once here, as at most one place in eight is active."""
+        yield slice(0, self.rows), self, values_N
 
     def zero_below(self, scores_N: Tensor, floor_F: Tensor) -> "Active":
         """The same places, with values that are zero where these are not above their latent's floor."""
@@ -245,6 +250,13 @@ class Everywhere(Active):
         """Row, latent and value of what is not zero."""
         rows_N, latents_N = values_BF.nonzero(as_tuple=True)
         return rows_N, latents_N, values_BF[rows_N, latents_N]
+
+    def parts(self, values_BF: Tensor, places: int) -> Iterator[tuple[slice, Active, Tensor]]:
+        """Rows after rows, with their places and values: as many rows as have so many places."""
+        rows = max(1, places // self.d_sae)
+        for first in range(0, self.rows, rows):
+            which = slice(first, min(first + rows, self.rows))
+            yield which, Everywhere(which.stop - first, self.d_sae), values_BF[which]
 
     def zero_below(self, scores_BF: Tensor, floor_F: Tensor) -> Active:
         """All of it: dense products do not mind."""

@@ -21,6 +21,8 @@ from .selection import HELD_OUT, OUTLIER, Labels
 
 BLOCK_BYTES = 16 * 1024**2
 """Of one block: dense features and, more where there are few features, the rows' fp64 copies in the statistics."""
+PLACES_AT_ONCE = 1 << 19
+"""Of a matrix with many active features: so many become entries at a time, which take 60 bytes each on their way."""
 FP64_COPIES = 4
 """Of the rows and their reconstructions, held at once."""
 
@@ -114,23 +116,25 @@ class Evaluation:
         for start, x_BD in self._rows.blocks(self._rows_per_block):
             there_BD = x_BD.to(self._device)
             active, values = self._sae.encode_sparse(there_BD)
-            rows = slice(start, start + len(x_BD))
             if count:
                 x_hat_BD = self._sae.decode_sparse(active, values)
-                self._count(_tensor(self._flags[rows]), there_BD, x_hat_BD, active, values)
-            row_N, feature_N, activation_N = (entries.cpu() for entries in active.entries(values))
-            yield (
-                RowFeatures(
-                    text=_tensor(self._rows.text_of_row[rows]),
-                    position=_tensor(self._rows.position_of_row[rows]),
-                    token_id=_tensor(self._rows.token_of_row[rows]),
-                    row=row_N,
-                    feature=feature_N,
-                    activation=activation_N,
-                ),
-                x_BD,
-            )
+                flags_B = _tensor(self._flags[start : start + len(x_BD)])
+                self._count(flags_B, there_BD, x_hat_BD, active, values)
+            for which, of_part, values_of_part in active.parts(values, PLACES_AT_ONCE):
+                yield self._features(start + which.start, of_part, values_of_part), x_BD[which]
             self._on_progress((start + len(x_BD)) / self._rows.rows)
+
+    def _features(self, start: int, active: Active, values: Tensor) -> RowFeatures:
+        row_N, feature_N, activation_N = (entries.cpu() for entries in active.entries(values))
+        rows = slice(start, start + active.rows)
+        return RowFeatures(
+            text=_tensor(self._rows.text_of_row[rows]),
+            position=_tensor(self._rows.position_of_row[rows]),
+            token_id=_tensor(self._rows.token_of_row[rows]),
+            row=row_N,
+            feature=feature_N,
+            activation=activation_N,
+        )
 
     def _of(self, wanted: Callable[[int], object]) -> FeatureStatistics:
         """Of rows of some flags."""
