@@ -120,6 +120,8 @@ class TrainRequested(Contract):
     """Size limit of `feature_activations.pt`; `null`: the worker's."""
     bundle_complete: bool = False
     """Fail rather than deliver a bundle that holds only the first rows."""
+    report: bool = True
+    """Write the page `report/index.html` of each SAE, which shows parts of the corpus."""
 
     @field_validator("layer_number")
     @classmethod

@@ -21,7 +21,7 @@ from .conftest import Listener, spec_of
 Folder = Callable[..., Path]
 TEXTS = [f"the cat sat on mat {number} and looked at {number % 7} birds" for number in range(40)]
 TOPK = {"kind": "topk", "k": 4, "hidden_dim": 64, "batch_size": 64}
-CHANGING = {"metadata.json", "training_log.jsonl"}
+CHANGING = {"metadata.json", "training_log.jsonl", "report/index.html", "report/curves.png"}
 """They say when, and how long it took."""
 
 

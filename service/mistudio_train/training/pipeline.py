@@ -54,6 +54,7 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
     model = _load(job, reporter)
     extraction = _extract(job, model, checkpoints, reporter)
     origins = {site: _origin(model, site, spec.request, extraction.length) for site in model.sites}
+    tokenizer = model.tokenizer
     del model  # its memory is the SAEs' now
     free(job.plan)
     context = Context(
@@ -63,6 +64,8 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
         texts=job.texts.first(extraction.corpus.texts),
         memory_optimizations=job.plan.memory_optimizations,
         device=torch.device(job.plan.device),
+        tokenizer=tokenizer,
+        revision=job.source.commit,
     )
     refuse_hopeless(spec, extraction.corpus.texts, job.source.d_in)  # a token budget may have left too few
     selections = _select(context, job, extraction, reporter)

@@ -37,6 +37,8 @@ class Reporter:
         self._share = (0.0, 0.0)
         self._sent_at = float("-inf")
         self._device: str | None = None
+        self.warnings: list[str] = []
+        """All that the requester was warned of by now."""
 
     @property
     def wish(self) -> Wish | None:
@@ -73,6 +75,7 @@ class Reporter:
 
     def warn(self, message: str) -> None:
         """Something that the requester should know."""
+        self.warnings.append(message)
         self._send(Warned(message))
 
     def loaded(self, info: ModelInfo, commit: str | None) -> None:

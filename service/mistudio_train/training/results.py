@@ -4,7 +4,7 @@ Brings the writers together; each file's format is its own module's.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -26,11 +26,13 @@ from .files import write_json
 from .fit import Fitted
 from .metadata import Described, Paths, metadata
 from .model_file import write_model_file
+from .report.report import Material
 from .reporter import Reporter
 from .saelens import Origin, write_saelens
 from .sparsify import sparsify_cannot, write_sparsify
 from .text_rows import one_row_a_text
 from .texts import Texts
+from .tokens import RowIndex
 from .wanted import Trained
 
 DECISIONS = {
@@ -52,6 +54,26 @@ class Context:
     texts: Texts
     memory_optimizations: dict[str, Any]
     device: torch.device
+    tokenizer: Any
+    """The model's."""
+    revision: str | None
+    """The model's commit; `None` of a folder."""
+
+    def material(self, index: RowIndex, warnings: Sequence[str]) -> Material:
+        """What a report is made of, besides an SAE's own folder."""
+        return Material(
+            job_id=self.spec.job_id,
+            version=__version__,
+            request=self.spec.request,
+            model=self.info,
+            revision=self.revision,
+            corpus=self.corpus,
+            texts=self.texts,
+            index=index,
+            tokenizer=self.tokenizer,
+            device=self.device,
+            warnings=warnings,
+        )
 
     @property
     def mean_pooled(self) -> bool:

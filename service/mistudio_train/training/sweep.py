@@ -3,6 +3,7 @@
 Owns which SAE is where and what became of it; how one is trained, judged and written is in modules of their own.
 """
 
+import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Final
 import torch
 
 from mistudio_schemas import Contract, CrossEntropy, SAEFailure
-from mistudio_train.errors import JobError, MemoryExhausted, ModelRefused, TrainingDiverged
+from mistudio_train.errors import DiskFull, JobError, MemoryExhausted, ModelRefused, TrainingDiverged
 from mistudio_train.messages import LeftEarly
 from mistudio_train.sae.build import recipe_for
 
@@ -24,6 +25,8 @@ from .fit import HELD_OUT_ROWS, FailedBefore, Fitted, NothingTrained, fit
 from .frontier import write_frontier, write_table
 from .language_model import is_out_of_memory, load_with_head
 from .memory_plan import GIB, MemoryPlan
+from .promoted import Promoted, promoted_tokens
+from .report.report import write_report
 from .reporter import Reporter
 from .results import Context, Written, write_result
 from .run import Accepted
@@ -34,9 +37,22 @@ from .wanted import Trained, Wanted
 
 TRAINING: Final = (0.4, 0.85)
 SPLICING: Final = (0.85, 0.9)
-WRITING: Final = (0.9, 1.0)
+WRITING: Final = (0.9, 0.97)
+REPORTING: Final = (0.97, 1.0)
 FAILS_ALONE: Final = (TrainingDiverged, MemoryExhausted, FailedBefore)
 """What is the matter with one SAE and need not be with the others."""
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InModel:
+    """What the language model says of one SAE."""
+
+    cross_entropy: CrossEntropy | None = None
+    """What it loses with the SAE in its place; `None` where that cannot be told."""
+    promoted: Promoted | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +82,8 @@ def make_saes(
     """
     with _memory_errors(job.plan):
         trained, failures = _train_all(wanted, context, job, checkpoints, reporter)
-        losses = _cross_entropies(trained, job, tokens, reporter)
-        written = _write_all(trained, losses, context, job, reporter)
+        in_model = _in_model(trained, job, tokens, reporter)
+        written = _write_all(trained, in_model, context, job, reporter)
     results = [one.result for one in written]
     if len(wanted) > 1:
         listed: dict[str, Sequence[Contract]] = {"saes": results, "failed": failures}
@@ -146,11 +162,9 @@ def _log(one: Wanted, job: Accepted) -> Path:
     return job.spec.scratch / "logs" / f"{one.position}.jsonl"
 
 
-def _cross_entropies(
-    trained: Sequence[Trained], job: Accepted, tokens: Tokens, reporter: Reporter
-) -> Sequence[CrossEntropy | None]:
-    """What the language model loses with each SAE in its place; nothing where that cannot be told."""
-    nothing = [None] * len(trained)
+def _in_model(trained: Sequence[Trained], job: Accepted, tokens: Tokens, reporter: Reporter) -> Sequence[InModel]:
+    """What the language model loses with each SAE in its place, and which tokens that speaks for."""
+    nothing = [InModel()] * len(trained)
     if not job.plan.splices or not trained[0].wanted.selection.counts.held_out or reporter.wish == "stop":
         return nothing
 
@@ -166,31 +180,65 @@ def _cross_entropies(
     try:
         with reporter.one_call():
             model = load_with_head(job.source, job.plan, sites, token=spec.token, allow_unsafe=spec.allow_unsafe_models)
-        measured = cross_entropies(
+        losses = cross_entropies(
             model, splices, tokens, limit=spec.request.cross_entropy_tokens, on_progress=on_progress
         )
+        with reporter.one_call():
+            promoted = [promoted_tokens(model, one.fitted.sae) for one in trained]
     except ModelRefused as error:
         reporter.warn(f"no cross-entropy: {error}")
         return nothing
     del model
     free(job.plan)
-    return measured or nothing
+    if losses is None:
+        return [InModel(None, one) for one in promoted]
+    return [InModel(loss, one) for loss, one in zip(losses, promoted, strict=True)]
 
 
 def _write_all(
     trained: Sequence[Trained],
-    losses: Sequence[CrossEntropy | None],
+    in_model: Sequence[InModel],
     context: Context,
     job: Accepted,
     reporter: Reporter,
 ) -> list[Written]:
     written = []
-    for number, (one, loss) in enumerate(zip(trained, losses, strict=True)):
+    for number, (one, said) in enumerate(zip(trained, in_model, strict=True)):
         place, share = one.wanted.folder if number else "", _part(WRITING, number, len(trained))
-        written.append(write_result(context, one, loss, place, reporter, share))
+        written.append(write_result(context, one, said.cross_entropy, place, reporter, share))
         shutil.copyfile(_log(one.wanted, job), job.spec.output / place / "training_log.jsonl")
         free(job.plan)
+    if job.spec.request.report:
+        _report_all(trained, in_model, written, context, reporter)
     return written
+
+
+def _report_all(
+    trained: Sequence[Trained],
+    in_model: Sequence[InModel],
+    written: Sequence[Written],
+    context: Context,
+    reporter: Reporter,
+) -> None:
+    """A page an SAE. One that cannot be drawn fails no job: everything that it would show is in the files."""
+    results = [one.result for one in written]
+
+    def on_progress() -> None:
+        if reporter.due:
+            reporter.say(0.0)
+
+    for number, (one, said, result) in enumerate(zip(trained, in_model, results, strict=True)):
+        share = _part(REPORTING, number, len(trained))
+        reporter.enter("exporting", f"drawing the report of {result.name}", share, result.name)
+        folder = context.spec.output / (one.wanted.folder if number else "")
+        material = context.material(one.wanted.store.index, reporter.warnings)
+        try:
+            write_report(folder, one.fitted.sae, result, results, said.promoted, material, on_progress)
+        except DiskFull:
+            raise
+        except Exception as error:
+            logger.exception("the report of %s cannot be drawn", result.name)
+            reporter.warn(f"{result.name} has no report: {type(error).__name__}: {error}")
 
 
 @contextmanager

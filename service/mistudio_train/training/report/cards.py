@@ -1,0 +1,144 @@
+"""What the page shows of each feature: a record a feature, packed by the dozen so that a browser unpacks what is seen.
+
+Owns the records' fields and the page's size; the words in them are safe before they come in (`shown`).
+"""
+
+import base64
+import gzip
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mistudio_train.training.promoted import Promoted
+
+from .neighbours import Neighbours
+from .shown import Vocabulary, shown
+from .windows import Windows
+
+PACK: Final = 64
+"""Cards unpacked together."""
+CARDS_BYTES: Final = 12_000_000
+"""Of all packed cards at most, in the page."""
+STRENGTHS: Final = 99
+"""A token's strength is a whole number from 0 to this, of the feature's maximum."""
+
+Card = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What cards are made of; the first three are arrays of every feature, [d_sae]."""
+
+    rates: NDArray[np.float64]
+    """Share of the rows that it is active on."""
+    maxima: NDArray[np.float64]
+    histograms: NDArray[np.int64]
+    windows: Windows
+    words: Callable[[int, int], list[str]]
+    """The shown pieces of rows `start` to `stop`, one a row."""
+    bounds: Callable[[int], slice]
+    """The rows of a text."""
+    neighbours: Neighbours
+    promoted: Promoted | None
+    vocabulary: Vocabulary
+    _first: dict[int, tuple[int, int]] = field(default_factory=dict)
+
+    def windows_of(self, feature: int) -> range:
+        """Numbers of the feature's windows."""
+        if not self._first:
+            features, first, count = np.unique(self.windows.places.feature, return_index=True, return_counts=True)
+            for number, begin, size in zip(features.tolist(), first.tolist(), count.tolist(), strict=True):
+                self._first[number] = begin, begin + size
+        return range(*self._first.get(feature, (0, 0)))
+
+
+def card(sources: Sources, feature: int) -> Card:
+    """One feature.
+
+    Returns:
+        `n` its number; `r` the share of rows it is active on; `m` its maximum; `h` its histogram from 0 to that; `w`
+        the words it is strongest on; `c` contexts, each with its text's number `t`, its activation `a`, its band `b`,
+        its pieces `p`, their strengths `s`, and `o`: 1 if the text goes on before, 2 behind, 3 both; `x` the nearest
+        features with cosines; `u` and `d` the tokens that it promotes and suppresses.
+
+    """
+    contexts = [_context(sources, number) for number in sources.windows_of(feature)]
+    found: Card = {
+        "n": feature,
+        "r": round(float(sources.rates[feature]), 8),
+        "m": round(float(sources.maxima[feature]), 4),
+        "h": sources.histograms[feature].tolist(),
+        "w": _peaks(contexts),
+        "c": contexts,
+        "x": _nearest(sources.neighbours, feature),
+    }
+    if sources.promoted is not None:
+        found |= _speaks_for(sources.promoted, sources.vocabulary, feature)
+    return found
+
+
+def packed(cards: Iterator[Card], most: int = CARDS_BYTES) -> Iterator[tuple[int, str]]:
+    """So many of them as fit, some at a time: how many they are, and gzip in base64 of the JSON list."""
+    used = 0
+    while some := list(islice(cards, PACK)):
+        plain = json.dumps(some, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        text = base64.b64encode(gzip.compress(plain, 6, mtime=0)).decode()
+        used += len(text)
+        if used > most:
+            return
+        yield len(some), text
+
+
+def _context(sources: Sources, number: int) -> Card:
+    windows = sources.windows
+    start, stop = int(windows.start[number]), int(windows.stop[number])
+    highest = max(float(sources.maxima[windows.places.feature[number]]), 1e-30)
+    strengths = windows.strengths[number, : stop - start] / highest * STRENGTHS
+    text = sources.bounds(int(windows.text[number]))
+    return {
+        "t": int(windows.text[number]),
+        "a": round(float(windows.places.activation[number]), 4),
+        "b": int(windows.places.band[number]),
+        "o": int(text.start < start) + 2 * int(stop < text.stop),
+        "p": sources.words(start, stop),
+        "s": np.clip(np.ceil(strengths), 0, STRENGTHS).astype(int).tolist(),
+    }
+
+
+def _peaks(contexts: Sequence[Card]) -> list[str]:
+    """The strongest word of each context that is among the strongest, each once, the most frequent first."""
+    counts: dict[str, int] = {}
+    for one in contexts:
+        if one["b"] == 0 and len(one["p"]) > 1:
+            word = one["p"][max(range(len(one["s"])), key=one["s"].__getitem__)].strip()
+            counts[word] = counts.get(word, 0) + 1
+    return sorted(counts, key=lambda word: -counts[word])[:5]
+
+
+def _nearest(found: Neighbours, feature: int) -> list[tuple[int, float]]:
+    at = int(np.searchsorted(found.feature, feature))
+    if at >= len(found.feature) or found.feature[at] != feature:
+        return []
+    pairs = zip(found.nearest[at].tolist(), found.cosine[at].tolist(), strict=True)
+    return [(number, round(cosine, 3)) for number, cosine in pairs]
+
+
+def _speaks_for(promoted: Promoted, vocabulary: Vocabulary, feature: int) -> Card:
+    def listed(tokens: NDArray[np.int32], logits: NDArray[np.float32]) -> list[tuple[str, float]]:
+        pairs = zip(tokens[feature].tolist(), logits[feature].tolist(), strict=True)
+        return [(vocabulary.shown(token), round(logit, 2)) for token, logit in pairs]
+
+    return {
+        "u": listed(promoted.most, promoted.most_logits),
+        "d": listed(promoted.least, promoted.least_logits),
+    }
+
+
+def excerpt(text: str) -> list[str]:
+    """A whole text as one piece."""
+    return [shown(text)]

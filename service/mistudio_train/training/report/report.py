@@ -1,0 +1,289 @@
+"""Makes the report of one SAE out of the files that its job has written and the corpus that it has seen.
+
+Reads top to bottom as the page is made; must not fail a job, nor know how anything on it was computed.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mistudio_schemas import CorpusInfo, ModelInfo, SAEResult, TrainRequested
+from mistudio_train.sae.folded import FoldedSAE
+from mistudio_train.training.files import whole
+from mistudio_train.training.promoted import Promoted
+from mistudio_train.training.texts import Texts
+from mistudio_train.training.tokens import RowIndex
+
+from .cards import Sources, card, excerpt, packed
+from .entries import Entries, entries_of
+from .figures import (
+    FIRING,
+    curve_charts,
+    curves,
+    frontier,
+    headlines,
+    judged_by,
+    said,
+    spreads,
+    sweep_rows,
+    table,
+)
+from .images import write_bars, write_curves
+from .neighbours import Neighbours, neighbours
+from .page import Head, Index, Page, rendered
+from .places import Places
+from .shown import PIECE_MOST, Vocabulary, shown
+from .windows import Windows, fill, rows_of, windows_around
+
+FOLDER: Final = "report"
+CARDS_MOST: Final = 16_384
+"""Features with a card: those that are strongest, if there are more."""
+MANY: Final = 4096
+"""From so many on each has fewer contexts."""
+GROUP_ROWS: Final = 64
+"""Where there are few texts a feature is shown once in so many rows, else once a text."""
+FEW_TEXTS: Final = 100
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a report is made of, besides the SAE's folder."""
+
+    job_id: str
+    version: str
+    request: TrainRequested
+    model: ModelInfo
+    revision: str | None
+    corpus: CorpusInfo
+    texts: Texts
+    index: RowIndex
+    tokenizer: Any
+    device: torch.device
+    warnings: Sequence[str]
+
+    @property
+    def whole_texts(self) -> bool:
+        """Whether a row is a text."""
+        return self.request.pooling == "mean"
+
+
+def write_report(
+    folder: Path,
+    sae: FoldedSAE,
+    result: SAEResult,
+    all_results: Sequence[SAEResult],
+    promoted: Promoted | None,
+    material: Material,
+    on_progress: Callable[[], None],
+) -> None:
+    """Write `report/index.html` and its pictures.
+
+    Args:
+        folder: of the SAE's files.
+        sae: as it was delivered.
+        result: what is said of it.
+        all_results: of all SAEs of the job, the primary one first.
+        promoted: which tokens its features speak for; `None` where that is not known.
+        material: the rest.
+        on_progress: called now and then.
+
+    Raises:
+        DiskFull: if the disk has no room.
+
+    """
+    metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
+    statistics = metadata["feature_statistics"]
+    rate_F, max_F = (
+        np.array(statistics[f"feature_{name}"], np.float64) for name in ("activation_rates", "max_activations")
+    )
+    order = _strongest_first(sae, max_F)
+    near = neighbours(sae.decoder_weight, np.flatnonzero(max_F > 0), material.device)
+    on_progress()
+    places, windows = _windows(folder, max_F, order, material, on_progress)
+    vocabulary = Vocabulary(material.tokenizer)
+    words = partial(_words, material, vocabulary)
+    bounds = material.index.rows_of_text
+    sources = Sources(rate_F, max_F, places.histogram_FB, windows, words, bounds, near, promoted, vocabulary)
+    packs = list(packed(_cards(sources, order, on_progress)))
+    page = _page(folder, result, all_results, material, near, metadata)
+    index, texts = _index(order, rate_F, packs, material.whole_texts), [text for _, text in packs]
+    _write(folder / FOLDER, page(index, texts, _note(index, order, promoted, material)))
+    _write_pictures(folder, result)
+
+
+def _strongest_first(sae: FoldedSAE, max_F: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Features that are active anywhere, by the longest vector that they ever add."""
+    norms_F = torch.linalg.vector_norm(sae.decoder_weight, dim=0).double().cpu().numpy()
+    living = np.flatnonzero(max_F > 0)
+    return living[np.argsort(-(max_F * norms_F)[living], kind="stable")][:CARDS_MOST]
+
+
+def _windows(
+    folder: Path,
+    max_F: NDArray[np.float64],
+    order: NDArray[np.int64],
+    material: Material,
+    on_progress: Callable[[], None],
+) -> tuple[Places, Windows]:
+    """Two passes over all entries: where features are active, and what they do around there."""
+    places = Places(max_F, *((8, 2) if len(order) <= MANY else (4, 1)))
+    by_text = material.whole_texts or material.corpus.texts >= FEW_TEXTS
+
+    def heard(entries: Iterator[Entries]) -> Iterator[Entries]:
+        for some in entries:
+            yield some
+            on_progress()
+
+    for some in heard(entries_of(folder)):
+        row = rows_of(some, material.index)
+        places.add(some.feature, row, some.text if by_text else row // GROUP_ROWS, some.activation)
+    found = places.found()
+    with_card = np.zeros(len(max_F), bool)
+    with_card[order] = True
+    windows = windows_around(found.where(with_card[found.feature]), material.index, whole_texts=material.whole_texts)
+    if not material.whole_texts:
+        fill(windows, heard(entries_of(folder)), material.index)
+    return places, windows
+
+
+def _words(material: Material, vocabulary: Vocabulary, start: int, stop: int) -> list[str]:
+    if material.whole_texts:
+        return excerpt(material.texts[start])
+    tokens = material.index.token_of_row.read(start, stop).tolist()
+    return [shown(piece, PIECE_MOST) for piece in vocabulary.pieces(tokens)]
+
+
+def _cards(sources: Sources, order: NDArray[np.int64], on_progress: Callable[[], None]) -> Iterator[dict[str, Any]]:
+    for feature in order.tolist():
+        yield card(sources, feature)
+        on_progress()
+
+
+def _index(
+    order: NDArray[np.int64], rate_F: NDArray[np.float64], packs: Sequence[tuple[int, str]], whole_texts: bool
+) -> Index:
+    sizes = [size for size, _ in packs]
+    begins = [sum(sizes[:number]) for number in range(len(sizes))]
+    with_card = order[: sum(sizes)]
+    rates = [round(rate, 8) for rate in rate_F[with_card].tolist()]
+    return Index(len(rate_F), "texts" if whole_texts else "tokens", with_card.tolist(), rates, begins)
+
+
+def _note(index: Index, order: NDArray[np.int64], promoted: Promoted | None, material: Material) -> str:
+    note = (
+        f"{len(index.feature):,} of {index.total:,} features have a card here; "
+        f"{index.total - len(order):,} others are never active or weaker than these. "
+    )
+    if len(index.feature) < len(order):
+        note += f"The page has no room for {len(order) - len(index.feature):,} weaker ones; the store has all. "
+    if material.whole_texts:
+        return note + "Texts are ranked by how active a feature is on them, from all over its range."
+    note += "Tokens are marked by how active the feature is on them; contexts are from all over its range. "
+    if promoted is None:
+        return note + "Which tokens features promote is not shown: the model's head was not loaded, or has none."
+    return note + "Promoted tokens are the head applied to the feature's direction: most telling in late blocks."
+
+
+def _page(
+    folder: Path,
+    result: SAEResult,
+    all_results: Sequence[SAEResult],
+    material: Material,
+    near: Neighbours,
+    metadata: dict[str, Any],
+) -> Callable[[Index, list[str], str], Page]:
+    head = Head(
+        f"{result.name}: {result.kind}, {result.feature_count:,} latents",
+        f"{Path(material.model.model_name).name}, {result.hook_site} of block {result.layer_number}, "
+        f"{material.corpus.tokens:,} tokens of {material.corpus.texts:,} texts",
+        f"Job {material.job_id}. Made by miStudioTrain {material.version} at {metadata['timestamp']}.",
+    )
+    return lambda index, packs, note: Page(
+        head=head,
+        tiles=headlines(result, metadata["training_results"].get("training_seconds")),
+        asked=_asked(result, material, metadata),
+        warnings=material.warnings,
+        curves=curve_charts(curves(folder / "training_log.jsonl")),
+        judged_by=judged_by(result.metrics),
+        figures=table(result.metrics),
+        spreads=spreads(result.metrics, near),
+        sweep=sweep_rows(all_results, result),
+        frontier=frontier(all_results),
+        features_note=note,
+        index=index,
+        packs=packs,
+        load_lines=_load_lines(result, metadata),
+        request_json=_request_json(material, metadata),
+    )
+
+
+def _asked(result: SAEResult, material: Material, metadata: dict[str, Any]) -> list[tuple[str, str]]:
+    """What decides most, as it was used."""
+    used, rows = metadata["sae_config"], result.rows
+    pairs: list[tuple[str, Any]] = [
+        ("Model", material.model.model_name),
+        ("Revision", material.revision),
+        ("Site", f"{result.hook_site} of block {result.layer_number}, width {result.input_dim:,}"),
+        ("Corpus", material.request.corpus_file),
+        ("Corpus sha256", material.corpus.sha256[:16] + "…"),
+        ("Rows", "a text each, the mean of its tokens" if material.whole_texts else "a token each"),
+        ("Kind", result.kind),
+        ("Latents", f"{result.feature_count:,}"),
+        ("k", used.get("k")),
+        ("Sparsity", used.get("sparsity_coeff")),
+        ("Learning rate", used.get("learning_rate")),
+        ("Batch", used.get("batch_size")),
+        ("Trained", f"{result.steps:,} steps, {result.epochs_trained} epochs, until {result.stop_reason}"),
+        ("Rows trained on", None if rows is None else f"{rows.training:,} of {rows.total:,}"),
+        ("Left out", None if rows is None or not rows.left_out else f"{rows.left_out:,} first tokens and high norms"),
+        ("Seed", used.get("seed")),
+        ("Device", metadata["training_results"].get("device")),
+    ]
+    return [(name, value if isinstance(value, str) else said(value)) for name, value in pairs if value is not None]
+
+
+def _load_lines(result: SAEResult, metadata: dict[str, Any]) -> str:
+    lines = [
+        "from sae_lens import SAE",
+        'sae = SAE.load_from_disk("sae")           # the folder beside report/',
+        f"features = sae.encode(x)                  # x: float32 [rows, {result.input_dim}]",
+        "",
+        "import torch",
+        'found = torch.load("feature_activations.pt")   # one row a text: feature_activations, texts',
+    ]
+    why_not = metadata["exports"].get("sparsify")
+    lines += ["", f"# sparsify/: {why_not}"]
+    return "\n".join(lines)
+
+
+def _request_json(material: Material, metadata: dict[str, Any]) -> str:
+    request = json.loads(material.request.to_json())
+    both = {"request": request, "used": metadata["sae_config"]}
+    return shown_lines(json.dumps(both, indent=2, ensure_ascii=False))
+
+
+def shown_lines(text: str) -> str:
+    """The text with its own line ends, each line safe."""
+    return "\n".join(shown(line, 2000) for line in text.split("\n"))
+
+
+def _write(folder: Path, page: Page) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole(folder / "index.html") as partial_file:
+        partial_file.write_text(rendered(page), encoding="utf-8")
+
+
+def _write_pictures(folder: Path, result: SAEResult) -> None:
+    panels = curves(folder / "training_log.jsonl")
+    if panels:
+        write_curves(folder / FOLDER / "curves.png", panels)
+    if result.metrics.firing_histogram:
+        title, below = f"{result.name}: firing density", "share of all rows on which a feature is active, from"
+        write_bars(folder / FOLDER / "density.png", title, below, FIRING, result.metrics.firing_histogram)
