@@ -16,7 +16,7 @@ WORKER = Path(mistudio_train.worker.__file__).parent
 
 def warnings() -> Iterator[str]:
     """The texts that the worker logs as warnings and errors."""
-    for path in sorted(WORKER.glob("*.py")):
+    for path in sorted(WORKER.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in ("logger.warning", "logger.exception"):
                 (text, *_) = node.args

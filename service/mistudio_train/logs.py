@@ -8,7 +8,19 @@ from .messages import Logging
 
 FORMAT = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
-QUIET = ("transformers", "torch", "urllib3", "aiokafka", "faststream", "minio", "httpx", "filelock", "matplotlib")
+QUIET = (
+    "transformers",
+    "torch",
+    "urllib3",
+    "aiokafka",
+    "faststream",
+    "minio",
+    "httpx",
+    "filelock",
+    "matplotlib",
+    "mlflow",
+    "wandb",
+)
 
 
 class JsonFormatter(logging.Formatter):

@@ -62,6 +62,8 @@ class JobSpec:
     """Say which result it will be, before the work begins."""
     model_commit: str | None = None
     """What `model_revision` meant at the run's first attempt; `None`: it has not been resolved yet."""
+    tell_log: bool = False
+    """Say every line of the training logs."""
 
     @property
     def output(self) -> Path:
@@ -132,6 +134,19 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Logged:
+    """Child to parent: lines of an SAE's training log, all of it in order; said where the spec asks for it.
+
+    A log that an attempt goes on with, or that was taken back to a checkpoint, is said again from its line 0.
+    """
+
+    sae: str
+    first: int
+    """Number of the first of these lines in the log, from 0."""
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Warned:
     """Child to parent: something that the requester should know."""
 
@@ -171,7 +186,7 @@ class Failed:
     traceback: list[str] = field(default_factory=list)
 
 
-ChildMessage = Progress | Loaded | Identified | Saved | Warned | Finished | Left | Failed
+ChildMessage = Progress | Loaded | Identified | Saved | Logged | Warned | Finished | Left | Failed
 Wish = Literal["stop", "leave"]
 """Parent to child: `stop`, train no more and deliver what there is; `leave`, save a checkpoint and end."""
 

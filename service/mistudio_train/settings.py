@@ -6,16 +6,26 @@ Secrets are `SecretStr`: they print as stars, and only the few lines that hand t
 import os
 import socket
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from mistudio_schemas import Limits, Topics
 
 from .messages import Logging
 
 GIB = 1024**3
+SinkName = Literal["tensorboard", "mlflow", "wandb"]
+CREDENTIALS = (
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "MLFLOW_TRACKING_USERNAME",
+    "MLFLOW_TRACKING_PASSWORD",
+    "MLFLOW_TRACKING_TOKEN",
+    "WANDB_API_KEY",
+)
+"""Variables of libraries that hold secrets, or begin the names of such."""
 
 
 class Settings(BaseSettings):
@@ -102,14 +112,31 @@ class Settings(BaseSettings):
     """Answer a request that is identical to an earlier one, model and corpus included, by the earlier one's result."""
     bundle_max_bytes: int = Field(4 * GIB, ge=1)
     """Size limit of `feature_activations.pt`."""
+    sinks: Annotated[tuple[SinkName, ...], NoDecode] = ()
+    """Where training curves are shown live: `tensorboard`, `mlflow`, `wandb`; comma-separated."""
+    tensorboard_dir: Path | None = None
+    """Folder of the runs' event files; unset: `DATA_PATH/tensorboard`."""
+    mlflow_tracking_uri: SecretStr | None = None
+    """MLflow's server, or a folder; it may hold a password."""
+    mlflow_experiment_name: str = "mistudio-train"
+    wandb_project: str = "mistudio-train"
+    wandb_dir: Path | None = None
+    """Folder that W&B makes its own `wandb/` in; unset: `DATA_PATH`. `WANDB_MODE` and the like are the library's."""
+    sink_close_seconds: float = Field(10.0, gt=0)
+    """Time that a sink has after its job, and at most keeps `run` or a worker from ending."""
     limits: Limits = Limits()
     """Bounds of a request, `LIMITS__MAX_HIDDEN_DIM=65536`; the defaults are the seed's."""
+
+    @field_validator("sinks", mode="before")
+    @classmethod
+    def _comma_separated(cls, value: object) -> object:
+        return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
 
     @classmethod
     def is_secret(cls, variable: str) -> bool:
         """Whether the environment variable of that name holds a secret."""
         field = cls.model_fields.get(variable.lower())
-        named = variable.upper().startswith(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
+        named = variable.upper().startswith(CREDENTIALS)
         return named or (field is not None and "SecretStr" in str(field.annotation))
 
     @property
@@ -136,6 +163,16 @@ class Settings(BaseSettings):
     def workspaces(self) -> Path:
         """The folder of the jobs' own folders."""
         return self.data_path / "cache" / "workspaces"
+
+    @property
+    def tensorboard_folder(self) -> Path:
+        """The folder of the runs' event files."""
+        return self.tensorboard_dir or self.data_path / "tensorboard"
+
+    @property
+    def wandb_folder(self) -> Path:
+        """The folder that W&B writes in."""
+        return self.wandb_dir or self.data_path
 
     def hub_token(self, name: str | None) -> SecretStr | None:
         """The hub's token of that name, from `HF_TOKEN_<NAME>`; the worker's own when no name is given.

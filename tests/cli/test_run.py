@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import threading
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from mistudio_train.messages import Finished, JobSpec
 from mistudio_train.worker.artifacts import Manifest
 from tests.cli.conftest import Cli
-from tests.worker import jobs
+from tests.models import tiny_model
+from tests.worker import curves, jobs
 
 
 @pytest.fixture
@@ -106,6 +108,46 @@ def test_a_token_is_in_nothing_that_is_shown(
     assert ended.status == 1
     assert "a library's error that repeats [secret]" in ended.out
     assert "hf_very_secret" not in ended.out + ended.err
+
+
+def test_sinks_show_the_curves_of_the_training_log(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a real job."""
+    asked = {"SINKS": "tensorboard,mlflow,wandb", "TENSORBOARD_DIR": tmp_path / "boards", "WANDB_MODE": "offline"}
+    folders = {"MLFLOW_TRACKING_URI": tmp_path / "mlruns", "WANDB_DIR": tmp_path, "SINK_CLOSE_SECONDS": 60}
+    for name, value in (asked | folders).items():
+        monkeypatch.setenv(name, str(value))
+    model, sae = tiny_model("llama", tmp_path / "model"), {"kind": "topk", "k": 2, "hidden_dim": 64, "batch_size": 16}
+    (tmp_path / "corpus.txt").write_text("\n".join(f"text number {number} is about mats" for number in range(80)))
+    request = {"job_id": "j", "model_name": str(model), "corpus_file": "corpus.txt", "pooling": "token", "sae": sae}
+    (tmp_path / "request.json").write_text(json.dumps(request | {"layer_number": 1, "max_epochs": 40}))
+    ended = cli("run", tmp_path / "request.json", "--to", tmp_path / "to", "--corpus-folder", tmp_path, "--json")
+    assert ended.status == 0, ended.err
+    assert "is dropped" not in ended.out + ended.err
+    expected = curves.of_logs({"topk-0": tmp_path / "to" / "training_log.jsonl"})
+    assert {"topk-0/epoch/loss", "topk-0/step/l0", "topk-0/held_out/fvu"} <= set(expected)
+    assert curves.of_tensorboard(tmp_path / "boards" / "j-r1") == curves.single(expected)
+    assert curves.of_mlflow(str(tmp_path / "mlruns"))[1] == expected
+    assert curves.of_wandb(tmp_path)[1] == expected
+
+
+def test_a_sink_that_never_answers_keeps_a_run_from_ending_for_its_time_only(
+    cli: Cli, request_file: Path, corpus_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    child_does(jobs.logs, monkeypatch)
+    ended_at_once: list[int] = []
+
+    def end_at_once(status: int) -> None:
+        ended_at_once.append(status)
+        raise SystemExit(status)
+
+    monkeypatch.setattr("os._exit", end_at_once)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("SINKS", "mlflow")
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("SINK_CLOSE_SECONDS", "0.2")
+        ended = cli("run", request_file, "--to", tmp_path / "results", "--corpus-folder", corpus_folder)
+    assert (ended.status, ended_at_once) == (0, [0])
+    assert (tmp_path / "results" / "sae_model.pt").exists()
 
 
 def test_a_terminated_run_leaves_nothing(

@@ -1,6 +1,7 @@
 """The training log is one strict JSON object a line, on disk as soon as it is written."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from mistudio_train.errors import ExportRefused
+from mistudio_train.training import training_log
 from mistudio_train.training.training_log import TrainingLog
 
 
@@ -60,3 +62,17 @@ def test_other_types_are_refused(tmp_path: Path) -> None:
     loss: Any = np.float32(0.5)
     with TrainingLog(tmp_path / "a.jsonl") as log, pytest.raises(ExportRefused, match="numpy"):
         log.write(loss=loss)
+
+
+def test_a_listener_is_told_every_line_of_a_log_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training_log, "LINES_AT_ONCE", 2)
+    path, told = tmp_path / "training_log.jsonl", []
+    path.write_text('{"epoch": 1}\n{"epoch": 2}\n{"epoch": 3}\n{"torn')
+
+    def listen(first: int, lines: Sequence[str]) -> None:
+        assert path.read_text().splitlines()[first : first + len(lines)] == lines, "they are on disk by then"
+        told.append((first, len(lines)))
+
+    with TrainingLog(path, listen) as log:
+        log.write(epoch=4)
+    assert told == [(0, 2), (2, 1), (3, 1)]

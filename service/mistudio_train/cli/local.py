@@ -13,7 +13,7 @@ from pathlib import Path
 from mistudio_schemas import ArtifactRef, TrainCompleted, TrainFailed, TrainProgress, TrainRequested
 from mistudio_train.errors import JobError
 from mistudio_train.gpu import list_gpus
-from mistudio_train.messages import JobSpec, Lease, Logging
+from mistudio_train.messages import ChildMessage, Finished, JobSpec, Lease, Logged, Logging, Warned
 from mistudio_train.settings import Settings
 from mistudio_train.worker.artifacts import MANIFEST, MEDIA_TYPES, Manifest
 from mistudio_train.worker.child import Child
@@ -22,6 +22,7 @@ from mistudio_train.worker.devices import Devices
 from mistudio_train.worker.objects import OCTETS
 from mistudio_train.worker.outcome import Who, completed, failed
 from mistudio_train.worker.progress import ProgressFeed
+from mistudio_train.worker.sinks.feeds import Sinks
 
 Listen = Callable[[TrainProgress], None]
 RUN = ATTEMPT = 1
@@ -42,10 +43,10 @@ class LocalJob:
     token: str | None = field(default=None, repr=False)
 
 
-async def train_here(job: LocalJob, listen: Listen) -> TrainCompleted | TrainFailed:
+async def train_here(job: LocalJob, listen: Listen, sinks: Sinks) -> TrainCompleted | TrainFailed:
     """Train and leave the files in `job.to`; on the way out the child and its workspace are gone, whatever happened.
 
-    SIGTERM cancels it, as Ctrl-C does.
+    SIGTERM cancels it, as Ctrl-C does. Sinks have SINK_CLOSE_SECONDS at the end.
 
     Raises:
         OSError: if the folder cannot be written.
@@ -54,8 +55,13 @@ async def train_here(job: LocalJob, listen: Listen) -> TrainCompleted | TrainFai
     task = asyncio.current_task()
     assert task is not None  # asyncio.run has made it
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    token = job.token
+    try:
+        return await _train(job, listen, sinks)
+    finally:
+        await sinks.close(job.settings.sink_close_seconds)
 
+
+async def _train(job: LocalJob, listen: Listen, sinks: Sinks) -> TrainCompleted | TrainFailed:
     async def tell(status: TrainProgress) -> None:
         listen(status)
 
@@ -65,9 +71,7 @@ async def train_here(job: LocalJob, listen: Listen) -> TrainCompleted | TrainFai
     with tempfile.TemporaryDirectory(dir=job.to, prefix=".run-") as workspace:
         try:
             async with Devices(list_gpus, 1, job.settings.cuda_memory_fraction).lease(job.request.gpu_id) as lease:
-                spec = _spec(job, Path(workspace), lease, token)
-                async with Child(spec, job.settings.stall_seconds, job.settings.loading_stall_seconds, train) as child:
-                    finished = await child.result(feed.hear)
+                finished = await _finished(job.settings, _spec(job, Path(workspace), lease), feed, sinks)
                 files = await asyncio.to_thread(_deliver, job, Path(workspace) / "output")
             manifest = files.pop(MANIFEST)
             seconds, warnings = time.monotonic() - began, feed.current.warnings
@@ -80,7 +84,19 @@ async def train_here(job: LocalJob, listen: Listen) -> TrainCompleted | TrainFai
     return event
 
 
-def _spec(job: LocalJob, workspace: Path, lease: Lease, token: str | None) -> JobSpec:
+async def _finished(settings: Settings, spec: JobSpec, feed: ProgressFeed, sinks: Sinks) -> Finished:
+    with sinks.following(spec, lambda text: feed.hear(Warned(text))) as curves:
+
+        def hear(message: ChildMessage) -> None:
+            if isinstance(message, Logged):
+                curves.hear(message)
+            feed.hear(message)
+
+        async with Child(spec, settings.stall_seconds, settings.loading_stall_seconds, train) as child:
+            return await child.result(hear)
+
+
+def _spec(job: LocalJob, workspace: Path, lease: Lease) -> JobSpec:
     settings = job.settings
     chosen = "log_level" in settings.model_fields_set
     return JobSpec(
@@ -96,8 +112,9 @@ def _spec(job: LocalJob, workspace: Path, lease: Lease, token: str | None) -> Jo
         model_folders=(*settings.local_model_folders, *job.model_folders),
         allow_unsafe_models=settings.allow_unsafe_models,
         memory_limit_bytes=settings.memory_limit_bytes,
-        token=token,
+        token=job.token,
         logging=settings.logging if chosen else Logging("WARNING", settings.log_format),
+        tell_log=bool(settings.sinks),
     )
 
 

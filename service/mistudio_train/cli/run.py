@@ -1,8 +1,10 @@
 """The command `run`: a request done here and now, on a laptop, under Slurm or on a rented GPU."""
 
 import asyncio
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +16,9 @@ from .environment import load_settings
 from .errors import CliError, Exit
 from .local_model import folder_of_model, hub_token, with_model_folder
 from .request_input import assign, checked, read_request_file
+
+if TYPE_CHECKING:
+    from mistudio_train.worker.sinks.feeds import Sinks
 
 commands = typer.Typer()
 
@@ -41,17 +46,24 @@ def run(
     raw = assign(read_request_file(request_file), assignments or [])
     request = with_model_folder(checked(raw, settings.limits))
     corpus = _corpus(request.corpus_file, corpus_folder or Path())
-    event = _train(settings, request, corpus, _folder(to, force), as_json)
+    from mistudio_train.worker.sinks.feeds import Sinks
+
+    sinks = Sinks(settings)
+    event = _train(settings, request, corpus, _folder(to, force), sinks, as_json)
     if as_json:
         typer.echo(event.to_json())
     else:
         show_end(event)
         say(f"The files are in {to}." if isinstance(event, TrainCompleted) else "No file was written.")
-    raise typer.Exit(Exit.COMPLETED if isinstance(event, TrainCompleted) else Exit.FAILED)
+    status = Exit.COMPLETED if isinstance(event, TrainCompleted) else Exit.FAILED
+    if sinks.hang:  # else its library may have Python wait for it, for ever
+        sys.stdout.flush()
+        os._exit(status)
+    raise typer.Exit(status)
 
 
 def _train(
-    settings: Settings, request: TrainRequested, corpus: Path, to: Path, as_json: bool
+    settings: Settings, request: TrainRequested, corpus: Path, to: Path, sinks: "Sinks", as_json: bool
 ) -> TrainCompleted | TrainFailed:
     from .local import LocalJob, train_here
 
@@ -72,7 +84,7 @@ def _train(
                     typer.echo(status.to_json())
                 bars.show(status)
 
-            return asyncio.run(train_here(job, listen))
+            return asyncio.run(train_here(job, listen, sinks))
     except (KeyboardInterrupt, asyncio.CancelledError):
         say("Interrupted; nothing was written.")
         raise typer.Exit(Exit.INTERRUPTED) from None

@@ -7,6 +7,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -169,7 +170,7 @@ def fit(
             failed = state["failed"]
             raise FailedBefore(failed["message"], failed["hint"], ErrorCode(failed["code"]))
         flop = 12 * recipe.batch_size * rows.d_in * trainer.sae.d_sae
-        with TrainingLog(log_path) as log, _threads_for(flop), freed_memory_kept():
+        with TrainingLog(log_path, partial(reporter.logged, name)) as log, _threads_for(flop), freed_memory_kept():
             watch = _Watch(trainer, reporter, log, name, held_out, steps_after)
             fitting = _Fitting(trainer, rows, kept, reporter, watch)
             try:

@@ -6,14 +6,14 @@ Imports torch only to ask a GPU.
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import psutil
 
 from mistudio_schemas import ModelInfo, Phase
-from mistudio_train.messages import ChildMessage, Identified, Loaded, Parent, Progress, Saved, Warned, Wish
+from mistudio_train.messages import ChildMessage, Identified, Loaded, Logged, Parent, Progress, Saved, Warned, Wish
 
 INTERVAL = 0.5
 """Seconds between two messages of the same phase."""
@@ -26,11 +26,12 @@ class Reporter:
 
     Args:
         parent: spoken to from the ticker's thread too.
+        tell_log: whether it wants the lines of the training logs.
 
     """
 
-    def __init__(self, parent: Parent) -> None:
-        self._parent, self._lock = parent, threading.Lock()
+    def __init__(self, parent: Parent, *, tell_log: bool = False) -> None:
+        self._parent, self._tell_log, self._lock = parent, tell_log, threading.Lock()
         self._phase: Phase = "accepting"
         self._message = ""
         self._sae: str | None = None
@@ -52,6 +53,11 @@ class Reporter:
     def saved(self, number: int) -> None:
         """A checkpoint is whole."""
         self._send(Saved(number))
+
+    def logged(self, sae: str, first: int, lines: Sequence[str]) -> None:
+        """These lines are in the SAE's training log, from the line with that number on."""
+        if self._tell_log:
+            self._send(Logged(sae, first, tuple(lines)))
 
     def use(self, device: str) -> None:
         """Report this device's memory from now on: `cpu` or `cuda:0`."""

@@ -39,7 +39,7 @@ def run_job(spec: JobSpec, parent: Parent) -> Finished:
         JobError: if there is no result, with the reason and what to do.
         LeftEarly: if there is none because the parent wanted an early end.
     """
-    reporter = Reporter(parent)
+    reporter = Reporter(parent, tell_log=spec.tell_log)
     accepted = accept(spec, reporter)
     from .pipeline import carry_out  # torch and transformers take seconds to import, which a refusal need not wait for
 

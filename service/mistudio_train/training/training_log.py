@@ -5,6 +5,8 @@ Owns the file while training runs, each line on disk before the next step; must 
 
 import json
 import math
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,17 +14,29 @@ from typing import Self
 from .disk import disk_errors
 from .files import refuse_unless_plain
 
+LINES_AT_ONCE = 1000
+"""Of those that were there before, in one word to the listener."""
+
+Listen = Callable[[int, Sequence[str]], None]
+"""Takes lines that are in the file, and the number of the first of them, from 0."""
 Value = str | int | float | bool | None
 
 
 class TrainingLog:
-    """The log, open for appending. A line that a killed process left half written is cut off first."""
+    """The log, open for appending. A line that a killed process left half written is cut off first.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the file.
+        listen: is told every line, those that are in the file already first.
+
+    """
+
+    def __init__(self, path: Path, listen: Listen = lambda first, lines: None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._path = path
+        self._path, self._listen, self._lines = path, listen, 0
         self._file = path.open("a+b")
         self._file.truncate(_end_of_last_line(path))
+        self._tell_what_is_there()
 
     def write(self, **fields: Value) -> None:
         """Append one line and flush it.
@@ -41,9 +55,20 @@ class TrainingLog:
         if strange:
             line["not_finite"] = {name: str(value) for name, value in strange.items()}
         refuse_unless_plain(line, self._path.name)
+        text = json.dumps(line, allow_nan=False, ensure_ascii=False)
         with disk_errors():
-            self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False).encode() + b"\n")
+            self._file.write(text.encode() + b"\n")
             self._file.flush()
+        self._tell([text])
+
+    def _tell_what_is_there(self) -> None:
+        with self._path.open(encoding="utf-8", newline="\n") as lines:
+            while some := [line.removesuffix("\n") for line in islice(lines, LINES_AT_ONCE)]:
+                self._tell(some)
+
+    def _tell(self, lines: Sequence[str]) -> None:
+        self._listen(self._lines, lines)
+        self._lines += len(lines)
 
     def close(self) -> None:
         """No more lines."""

@@ -36,6 +36,7 @@ from .metrics import Metrics
 from .nudge import Nudge
 from .records import read_any_header_name
 from .runner import Runner
+from .sinks.feeds import Sinks
 from .slots import Slot
 from .store import Store, open_store
 from .supervisor import Supervisor
@@ -88,7 +89,8 @@ def build_app(
         where = TopicPartition(settings.topics.requested, number)
         return any(where in (slot.assigned or ()) for slot in slots)
 
-    runner = Runner(settings, store, devices, metrics, publish_progress, speaks_for, job)
+    sinks = Sinks(settings)
+    runner = Runner(settings, store, devices, sinks, metrics, publish_progress, speaks_for, job)
     supervisor = Supervisor(settings, store, metrics, runner)
     slots = [Slot(number, settings, supervisor, metrics, ready) for number in range(settings.max_concurrent_jobs)]
     nudges = [_subscribe(broker, slot, settings, metrics, assignor(slot)) for slot in slots]
@@ -109,7 +111,10 @@ def build_app(
         logger.info("ready: %s reads %s", settings.worker_id, settings.topics.requested)
 
     async def stop_jobs() -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + settings.grace_seconds
         await asyncio.gather(*(slot.stop(settings.grace_seconds) for slot in slots))
+        await sinks.close(until - loop.time())
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)

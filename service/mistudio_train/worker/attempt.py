@@ -15,7 +15,18 @@ from pydantic import SecretStr
 
 from mistudio_schemas import ArtifactRef, TrainCompleted, TrainRequested
 from mistudio_train.errors import ChildDied, DiskFull, DiskLimit, JobError, RequestRefused, StoreUnavailable
-from mistudio_train.messages import ChildMessage, Finished, Identified, JobSpec, Lease, LeftEarly, Loaded, Saved, Warned
+from mistudio_train.messages import (
+    ChildMessage,
+    Finished,
+    Identified,
+    JobSpec,
+    Lease,
+    LeftEarly,
+    Loaded,
+    Logged,
+    Saved,
+    Warned,
+)
 from mistudio_train.settings import Settings
 
 from .artifacts import upload, write_manifest
@@ -32,6 +43,7 @@ from .progress import CHILD_SHARE
 from .register import Register, RunLost
 from .reuse import find_result
 from .running import Running
+from .sinks.feeds import Curves, Sinks
 from .store import Store
 from .workspace import bytes_in
 
@@ -56,17 +68,19 @@ class Attempt:
         store: Store,
         register: Register,
         devices: Devices,
+        sinks: Sinks,
         running: Running,
         job: Job,
     ) -> None:
         self._settings, self._store, self._register, self._devices = settings, store, register, devices
-        self._running, self._job = running, job
+        self._sinks, self._running, self._job = sinks, running, job
         self._feed, self._workspace, self._claim = running.feed, running.workspace.folder, running.claim
         assert running.intake.request is not None  # the supervisor has refused it otherwise
         self._request: TrainRequested = running.intake.request
         self._token = self._hub_token(running.intake)
         self._uploads: CheckpointUploads | None = None
         self._child: Child | None = None
+        self._curves: Curves | None = None
         self._earlier: TrainCompleted | None = None
         self._too_large: DiskLimit | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -102,7 +116,7 @@ class Attempt:
         self._feed.say(message="waiting for a device")
         who = self._running.who(self._settings.worker_id)
         async with self._devices.lease(self._request.gpu_id) as lease:
-            finished = await self._train(self._spec(corpus, lease))
+            finished = await self._show_and_train(self._spec(corpus, lease))
         if isinstance(finished, TrainCompleted):
             return reused(who, finished, seconds=self._claim.record.age_seconds())
         artifacts, manifest = await self._deliver_files()
@@ -123,6 +137,11 @@ class Attempt:
         if found := self._running.checkpoints:
             logger.info("job %s goes on from %s", self._claim.record.job_id, found[0].key)
             self._feed.say(last_checkpoint=self._store.uri(found[0].key))
+
+    async def _show_and_train(self, spec: JobSpec) -> Finished | TrainCompleted:
+        """As `_train`, with the curves shown where the settings want them."""
+        with self._sinks.following(spec, lambda text: self._hear(Warned(text))) as self._curves:
+            return await self._train(spec)
 
     async def _train(self, spec: JobSpec) -> Finished | TrainCompleted:
         """As `_result_of_child`, but of a run that is cancelled nothing, whatever its child still says."""
@@ -191,6 +210,8 @@ class Attempt:
         match message:
             case Warned():
                 logger.warning("job %s: %s", self._claim.record.job_id, message.message)
+            case Logged() if self._curves is not None:
+                self._curves.hear(message)
             case Saved() if self._uploads is not None:
                 self._uploads.hear(message.number)
             case Loaded(commit=str(commit)) if self._claim.record.model_commit is None:
@@ -264,6 +285,7 @@ class Attempt:
             checkpoint_seconds=self._request.checkpoint_seconds or settings.checkpoint_seconds,
             identify=settings.reuse_results,
             model_commit=self._running.claim.record.model_commit,
+            tell_log=bool(settings.sinks),
         )
 
     def _hub_token(self, intake: Intake) -> SecretStr | None:

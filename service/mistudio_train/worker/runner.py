@@ -28,6 +28,7 @@ from .progress import ProgressFeed
 from .register import Claim, Register, RunLost
 from .run_record import Terminal, new_name
 from .running import Running
+from .sinks.feeds import Sinks
 from .store import Store
 from .workspace import Workspace
 
@@ -43,6 +44,7 @@ class Runner:
         publish_progress: sends a progress event.
         speaks_for: whether it is this worker, of all, that speaks for a job that none has begun; told the partitions
             of the requests' topic.
+        sinks: where curves are shown.
         job: what a child does.
 
     """
@@ -52,12 +54,14 @@ class Runner:
         settings: Settings,
         store: Store,
         devices: Devices,
+        sinks: Sinks,
         metrics: Metrics,
         publish_progress: Callable[[TrainProgress], Awaitable[None]],
         speaks_for: Callable[[str, list[int]], bool],
         job: Job = train,
     ) -> None:
         self._settings, self._store, self._devices, self._metrics = settings, store, devices, metrics
+        self._sinks = sinks
         self._register, self._publish_progress, self._job = Register(store), publish_progress, job
         self._obedience = Obedience(settings, self._register, publish_progress, speaks_for)
 
@@ -164,7 +168,7 @@ class Runner:
         return cancelled(running.who(self._settings.worker_id), running.feed.current, by, message)
 
     def _attempt(self, running: Running) -> Attempt:
-        outside = self._settings, self._store, self._register, self._devices
+        outside = self._settings, self._store, self._register, self._devices, self._sinks
         return Attempt(*outside, running, self._job)
 
     async def _failed_attempt(self, claim: Claim, error: JobError) -> Claim:
