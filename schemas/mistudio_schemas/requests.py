@@ -66,7 +66,8 @@ class TrainRequested(Contract):
     layer_number: int = DEFAULT_LAYER
     """Block to read, counted from 0. The default becomes the last block of a shallower model, with a warning."""
     hook_site: HookSite = "resid_post"
-    """Where in the block: the residual stream after it, its MLP's output, or its attention's output."""
+    """Where in the block: the residual stream before it, its attention's output, its MLP's input (behind the norm, as
+    the MLP itself receives it), its MLP's output, or the residual stream after it."""
     huggingface_token: SecretStr | None = Field(None, json_schema_extra={"deprecated": True})
     """Deprecated: the worker uses it and forgets it, but the topic keeps it. Prefer `token_name`."""
     token_name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]{1,64}$")] | None = None

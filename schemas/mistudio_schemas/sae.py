@@ -9,8 +9,9 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from .base import Contract
 
-HookSite = Literal["resid_post", "mlp_out", "attn_out"]
-"""Where in a block activations are read: the residual stream after it, its MLP's output, its attention's output."""
+HookSite = Literal["resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post"]
+"""Where in a block activations are read: the residual stream before it, its attention's output, its MLP's input (behind
+the norm, as the MLP itself receives it), its MLP's output, the residual stream after it."""
 
 SAEName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 

@@ -28,6 +28,7 @@ from mistudio_train.training.run import run_job
 from mistudio_train.training.saelens import write_saelens
 from mistudio_train.training.selection import HELD_OUT
 from mistudio_train.training.sparsify import sparsify_cannot, write_sparsify
+from tests.models import D_IN as SMALL
 
 from .conftest import Listener
 from .test_run import spec
@@ -105,6 +106,32 @@ def test_sparsify_finds_the_same_in_a_thousand_rows_or_is_said_not_to(
     acts_BF = torch.zeros(len(x_BD), D_SAE).scatter(1, top_indices, top_acts)
     torch.testing.assert_close(acts_BF, sae.encode(x_BD), atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(theirs.decode(top_acts, top_indices), sae.decode(acts_BF), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("hook_site", ["resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_saelens_reads_the_same_rows_by_the_name_that_the_folder_gives_them(
+    model_folder: Folder, tmp_path: Path, family: str, hook_site: str
+) -> None:
+    from sae_lens import SAE
+    from sae_lens.load_model import load_model
+
+    folder, sae = model_folder(family), {"kind": "topk", "k": 4, "batch_size": 64}
+    asked = ASKED | {"sae": sae, "hook_site": hook_site, "max_epochs": 1, "cross_entropy_tokens": 0}
+    one = spec(folder, tmp_path / "job", TEXTS[:30], **asked)
+    run_job(one, Listener())
+    metadata: Any = SAE.load_from_disk(one.output / "sae").cfg.metadata
+    model: Any = load_model("AutoModelForCausalLM", str(folder), device="cpu")
+    ids_BT = torch.tensor([model.tokenizer(TEXTS[0])["input_ids"]])
+    with torch.no_grad():
+        _, seen = model.run_with_cache(ids_BT, names_filter=[metadata.hook_name])
+    own = len(model.tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"])
+    rows_ND = np.fromfile(
+        one.scratch / "activations" / f"{LAYER}.{hook_site}" / "shard-00000.bin", np.float32, own * SMALL
+    )
+    torch.testing.assert_close(
+        torch.from_numpy(rows_ND).view(own, SMALL), seen[metadata.hook_name][0][-own:], atol=1e-4, rtol=0
+    )
 
 
 def test_saelens_own_evaluation_gives_the_same_losses(model_folder: Folder, tmp_path: Path) -> None:

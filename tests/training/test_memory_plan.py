@@ -23,10 +23,10 @@ from mistudio_train.training import device as devices
 from mistudio_train.training.device import OVERHEAD_CPU, Device, free_memory, leased_device
 from mistudio_train.training.memory_plan import (
     STEP_BYTES,
+    first_blocks,
     plan_memory,
     sae_training_bytes,
     trunk_shapes,
-    up_to,
     weight_bytes,
 )
 from mistudio_train.training.model_source import ModelSource, inspect
@@ -55,13 +55,13 @@ def gpu(free_gib: float, capability: str = "8.6") -> Device:
     return Device("cuda:0", free, Gpu(0, "G", capability, free, 0, free, 0.0))
 
 
-@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("site", [Site(1), Site(3), Site(0, "resid_pre"), Site(2, "resid_pre")], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_planned_parameters_are_those_that_are_kept(tmp_path: Path, family: str, layer: int) -> None:
+def test_the_planned_parameters_are_those_that_are_kept(tmp_path: Path, family: str, site: Site) -> None:
     folder = tiny_model(family, tmp_path / family)
     shapes = trunk_shapes(inspect(str(folder), folders=[tmp_path]))
-    planned = weight_bytes(up_to(layer, shapes), "float32", "none")
-    loaded = load_tiny(folder, [Site(layer)])
+    planned = weight_bytes(first_blocks(site.blocks, shapes), "float32", "none")
+    loaded = load_tiny(folder, [site])
     actual = 4 * sum(weight.numel() for name, weight in loaded.trunk.named_parameters() if "pooler" not in name)
     assert planned == pytest.approx(actual, rel=0.05)
 

@@ -115,12 +115,12 @@ def plan_memory(source: ModelSource, spec: JobSpec, device: Device | None = None
     length = source.sequence_limit(spec.request.max_sequence_length)
     dtype = _dtype(spec.request.dtype, device.gpu)
     shapes = trunk_shapes(source, spec.token)
-    deepest = max(site.layer for site in resolve_sites(spec.request, source.total_layers).distinct)
+    blocks = max(site.blocks for site in resolve_sites(spec.request, source.total_layers).distinct)
     per_token = bytes_per_token(source, dtype, length)
     sae_bytes = saes_bytes(source.d_in, spec, on_cpu=device.gpu is None)
     room = device.available_bytes - device.overhead
     quantization = _quantization(spec.request.quantization, device, shapes, dtype, room - length * per_token)
-    kept_bytes = weight_bytes(up_to(deepest, shapes), dtype, quantization)
+    kept_bytes = weight_bytes(first_blocks(blocks, shapes), dtype, quantization)
     model_bytes = kept_bytes if _is_mapped(source, device, dtype) else weight_bytes(shapes, dtype, quantization)
     needed = max(model_bytes, kept_bytes + length * per_token, sae_bytes)
     if needed > room:
@@ -151,10 +151,10 @@ def trunk_shapes(source: ModelSource, token: str | None = None) -> dict[str, tup
     return {name: shape for name, shape in shapes.items() if not name.startswith(skipped)}
 
 
-def up_to(layer: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Without the blocks behind a layer: a block's weights have its number as the first one in their names."""
+def first_blocks(count: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Without the other blocks: a block's weights have its number as the first one in their names."""
     numbers = {name: re.search(r"(?:^|\.)(\d+)\.", name) for name in shapes}
-    return {name: shapes[name] for name, number in numbers.items() if number is None or int(number[1]) <= layer}
+    return {name: shapes[name] for name, number in numbers.items() if number is None or int(number[1]) < count}
 
 
 def _is_mapped(source: ModelSource, device: Device, dtype: Dtype) -> bool:

@@ -189,14 +189,14 @@ def _warn_of_rows(selection: Selection, site: Site, request: TrainRequested, rep
 
 
 def _origin(model: LanguageModel, site: Site, request: TrainRequested, length: int) -> Origin:
-    """The site by the path of its module, as SAELens names places in a Hugging Face model."""
-    path = next(name for name, module in model.trunk.named_modules() if module is model.modules[site])
+    """The site by the path of the module that gives it, as SAELens names places in a Hugging Face model."""
+    path = model.module_of(site)
     causal = is_causal(model.source.architecture)
     prefix: Any = getattr(model.trunk, "base_model_prefix", "")
     return Origin(
         model_name=request.model_name,
         model_class_name="AutoModelForCausalLM" if causal else "AutoModel",
-        hook_name=f"{prefix}.{path}" if causal and prefix else path,
+        hook_name=f"{prefix}.{path}" if causal and prefix and path else path,
         layer=site.layer,
         hook_site=site.hook_site,
         context_size=length,

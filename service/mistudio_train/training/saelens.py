@@ -28,13 +28,16 @@ class Origin:
     SAELens names a place in a Hugging Face model by the path of the module whose output it is, seen from an
     `AutoModelForCausalLM`: `model.layers.9`, `transformer.h.5`. That is the class's `base_model_prefix`, a dot, and
     the path inside the bare model. An encoder has no causal head: `AutoModel` and the path inside the bare model,
-    `encoder.layer.5`, which SAELens does not run itself but carries along.
+    `encoder.layer.5`, which SAELens does not run itself but carries along. What goes into a block or an MLP is named by
+    the module that gave it: `model.layers.8`, `model.layers.9.post_attention_layernorm`. (Where others read that, too,
+    as in parallel blocks and encoders, SAELens' splice is not ours, which changes what the MLP reads and nothing else.)
     """
 
     model_name: str
     model_class_name: str
     """`AutoModelForCausalLM` or `AutoModel`."""
-    hook_name: str
+    hook_name: str | None
+    """`None` where no module gives the activations as they are."""
     layer: int
     hook_site: str
     context_size: int
@@ -106,7 +109,8 @@ def _cfg(sae: FoldedSAE, origin: Origin) -> dict[str, object]:
 
 
 def _metadata(origin: Origin) -> dict[str, object]:
-    lens_name = f"blocks.{origin.layer}.hook_resid_post" if origin.hook_site == "resid_post" else None
+    is_residual = origin.hook_site in ("resid_pre", "resid_post")
+    lens_name = f"blocks.{origin.layer}.hook_{origin.hook_site}" if is_residual else None
     return {
         "sae_lens_version": SAE_LENS_VERSION,
         "sae_lens_training_version": None,

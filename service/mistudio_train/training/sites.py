@@ -16,6 +16,11 @@ class Site:
     def __str__(self) -> str:
         return f"{self.layer}.{self.hook_site}"
 
+    @property
+    def blocks(self) -> int:
+        """How many of the first blocks must run, or begin to, before it is reached."""
+        return self.layer if self.hook_site == "resid_pre" else self.layer + 1
+
 
 @dataclass(frozen=True)
 class Sites:

@@ -19,7 +19,7 @@ from torch.nn import functional
 from mistudio_schemas import CrossEntropy
 from mistudio_train.sae.folded import FoldedSAE
 
-from .language_model import HeadedModel, Replace
+from .language_model import HeadedModel
 from .memory_plan import LOGITS_BYTES
 from .order import RowOrder
 from .selection import HELD_OUT, Selection
@@ -32,6 +32,9 @@ BYTES_PER_LOGIT: Final = 20
 """In the model's precision, in fp32, those that count, and what the loss makes of them: 19 as measured."""
 NOTHING: Final = 1e-6
 """Of a smaller difference of losses no share can be recovered."""
+
+
+Replace = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def cross_entropies(
         }
         for way, (site, replace) in ways.items():
             replace_judged = partial(replaced_where, judged_N[site], replace)
-            sums[way] += there.loss(model.logits(there.ids_BT, there.mask_BT, site, replace_judged))
+            sums[way] += there.loss(model.logits(there.ids_BT, there.mask_BT, {site: replace_judged}))
         done += int(batch["length"].sum())
         on_progress(done / total)
     if not predicted:
