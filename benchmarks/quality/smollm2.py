@@ -143,7 +143,7 @@ def _request(corpus: Path) -> TrainRequested:
 
 def _selection(extraction: Extraction, texts: Texts, request: TrainRequested, path: Path) -> Selection:
     held_out = hold_out(texts, extraction.tokens, HELD_OUT)
-    return select(extraction.stores[SITE], extraction.tokens, held_out, request, path, lambda done: None)
+    return select([extraction.stores[SITE]], extraction.tokens, held_out, request, path, lambda done: None)
 
 
 def _sides(extraction: Extraction, chosen: Selection) -> tuple[Tensor, Tensor]:

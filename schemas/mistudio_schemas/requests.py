@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from .base import Contract
-from .sae import HookSite, KSparseFields, SAEConfig, StandardSAE
+from .sae import HOOK_SITES, HookSite, KSparseFields, SAEConfig, StandardSAE
 
 JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 DEFAULT_LAYER = 12
@@ -195,7 +195,20 @@ class TrainRequested(Contract):
                 raise ValueError(f"Layer number seems too high (max {limits.max_layer})")
             if isinstance(sae, KSparseFields) and (sae.k or 0) > (sae.hidden_dim or 0):
                 raise ValueError(f"k must be at most the hidden dimension ({sae.k} > {sae.hidden_dim})")
+            self._check_prediction(sae)
         return self
+
+    def _check_prediction(self, sae: SAEConfig) -> None:
+        """Means do not do: what an MLP makes of a token it does not make of the mean of many."""
+        if sae.predicts is None:
+            return
+        if self.pooling != "token":
+            raise ValueError(
+                "'predicts' needs pooling 'token': a site is predicted token by token, not from a text's mean"
+            )
+        read = sae.hook_site or self.hook_site
+        if HOOK_SITES.index(sae.predicts) <= HOOK_SITES.index(read):
+            raise ValueError(f"'predicts' must be a later site of the block than 'hook_site': {sae.predicts}, {read}")
 
     @field_serializer("huggingface_token")
     def _never_write_token(self, token: SecretStr | None) -> None:

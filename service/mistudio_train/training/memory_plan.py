@@ -69,6 +69,10 @@ COPIES_CPU: Final = {
 latents active hold dense matrices then, and as many again in pieces that the C library keeps for the next step."""
 
 
+TARGET_COPIES: Final = 6
+"""[batch, d_in], of a transcoder: four batches that are made ahead, the one of the step, and scaled."""
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """How the job is to be run."""
@@ -208,15 +212,17 @@ def _buffer_bytes(d_in: int, spec: JobSpec) -> int:
     request, most = spec.request, 2 * spec.request.shuffle_bytes
     packed = request.corpus_file.lower().endswith((".gz", ".parquet"))
     tokens = most if packed else spec.corpus.stat().st_size if spec.corpus.exists() else 0
-    return min(most, 4 * d_in * min(tokens, request.token_budget or tokens))
+    sites = 1 + any(sae.predicts for sae in request.resolved_saes())
+    return min(most, 4 * sites * d_in * min(tokens, request.token_budget or tokens))
 
 
 def sae_training_bytes(sae: SAEConfig, d_in: int, d_sae: int, batch_size: int, *, on_cpu: bool) -> int:
-    """Bytes of an SAE in training."""
+    """Bytes of an SAE in training; a transcoder's rows are twice as wide, and it holds some of both halves."""
+    targets = 0 if sae.predicts is None else 4 * TARGET_COPIES * batch_size * d_in
     if not on_cpu:
-        return COPIES_GPU.bytes(d_in, d_sae, batch_size)
+        return COPIES_GPU.bytes(d_in, d_sae, batch_size) + targets
     kind = "decoder_norm" if isinstance(sae, StandardSAE) and sae.penalty == "decoder_norm" else sae.kind
-    return STEP_BYTES + COPIES_CPU[kind].bytes(d_in, d_sae, batch_size)
+    return STEP_BYTES + COPIES_CPU[kind].bytes(d_in, d_sae, batch_size) + targets
 
 
 def _dtype(asked: str, gpu: Gpu | None) -> Dtype:
