@@ -115,6 +115,25 @@ def test_both_ends_begin_at_their_own_centre_and_scale(config: SAEConfig) -> Non
 
 
 @of_every_kind
+@torch.no_grad()
+def test_the_decoder_begins_where_a_regression_takes_the_encoder(config: SAEConfig) -> None:
+    sae: Any = trainer_of(config).sae
+    x_ND, y_ND = rows()[:, :D] * sae.x_scale - sae.x_centre, rows()[:, D:] * sae.scale - sae.b_dec
+    augmented = torch.cat([x_ND, (0.1 * len(x_ND)) ** 0.5 * torch.eye(D)])  # rows that pull the map towards zero
+    mapped = torch.linalg.lstsq(augmented, torch.cat([y_ND, torch.zeros(D, D)])).solution
+    expected = sae.decoder_start * functional.normalize(sae.W_enc @ mapped, dim=1)
+    torch.testing.assert_close(sae.W_dec, expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_of_what_does_not_vary_the_decoder_stays_as_it_was_drawn() -> None:
+    sae: Any = build_sae(KINDS_OF[0], D)
+    drawn = sae.W_dec.clone()
+    sae.prepare(torch.ones(16, 2 * D))
+    assert torch.equal(sae.W_dec, drawn)
+
+
+@of_every_kind
 def test_the_folded_weights_do_the_same_and_the_input_s_centre_never_moves(config: SAEConfig) -> None:
     before = trainer_of(config).sae.state_dict()
     sae: Any = trained(config)

@@ -24,6 +24,10 @@ This, the encoder's smaller start, and a clipping that truly clips, are from a l
 after 189 steps was 0.168 without them and is 0.156 (`benchmarks/quality`)."""
 SAMPLE_AT_ONCE = 1024
 """Rows whose double precision is held at a time."""
+RIDGE = 0.1
+"""Of the mean variance of what is read. SmolLM2-135M, block 9, from an MLP's input to its output, `batchtopk` of 1,024
+latents, batches of 256, seed 0: FVU after 22, 88 and 176 steps 0.440, 0.335, 0.305; with the rows as they are drawn
+0.853, 0.370, 0.309."""
 RESAMPLED_NORM = 0.5
 """Of the mean encoder norm, where a latent begins anew: with Bricken et al.'s 0.2 the kinds that choose the largest
 latents do not choose it, and a third were dead again."""
@@ -49,7 +53,8 @@ class ScaledAutoencoder(SparseAutoencoder):
 
     A transcoder (Dunefsky et al. 2024, arXiv:2406.11944) reconstructs z = s y for rows y of another site, and reads x
     in a scale and about a centre of their own, which stay as the sample had them: p = W_enc (r x - c) + b_enc. Nothing
-    else is different, but where a dead latent begins anew: its encoder row is the direction of what was read.
+    else is different but two starts. W_dec begins with the directions that a ridge regression of z on r x - c over the
+    sample takes W_enc's to, as an SAE's are W_enc's own. And a latent that begins anew has that of what was read.
 
     Start: `prepare` sets b_dec to the sample's centre, its mean or its geometric median, and s such that the encoder's
     input z - b_dec has mean squared norm D, so that a mean squared error is about the fraction of variance unexplained.
@@ -121,6 +126,23 @@ class ScaledAutoencoder(SparseAutoencoder):
             centre_D, scale = self._centre_and_scale(x_ND)
             self.x_scale.copy_(scale)
             self.x_centre.copy_(centre_D * scale)
+            assert y_ND is not None  # a transcoder's rows have both
+            self._point_decoder(x_ND, y_ND)
+
+    def _point_decoder(self, x_ND: Tensor, y_ND: Tensor) -> None:
+        """Where y does not vary with x, the rows stay as they were drawn."""
+        gram_DD = torch.zeros(self.d_in, self.d_in, dtype=torch.float64, device=x_ND.device)
+        moved_DD = torch.zeros_like(gram_DD)
+        for rows in range(0, len(x_ND), SAMPLE_AT_ONCE):
+            which = slice(rows, rows + SAMPLE_AT_ONCE)
+            read_BD = x_ND[which].float() * self.x_scale - self.x_centre
+            gram_DD += read_BD.T @ read_BD
+            moved_DD += read_BD.T @ (y_ND[which].float() * self.scale - self.b_dec)
+        gram_DD.diagonal().add_(RIDGE * len(x_ND))
+        map_DD = torch.linalg.solve(gram_DD, moved_DD).to(self.W_enc.dtype)
+        pointed_FD = self.W_enc @ map_DD
+        norm_F1 = torch.linalg.vector_norm(pointed_FD, dim=1, keepdim=True)
+        self.W_dec.copy_(torch.where(norm_F1 > LEAST_NORM, self.decoder_start * pointed_FD / norm_F1, self.W_dec))
 
     def _centre_and_scale(self, sample_ND: Tensor) -> tuple[Tensor, Tensor]:
         some = sample_ND.split(SAMPLE_AT_ONCE)  # type: ignore[no-untyped-call]
