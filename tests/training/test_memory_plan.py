@@ -60,6 +60,7 @@ def gpu(free_gib: float, capability: str = "8.6") -> Device:
 def test_the_planned_parameters_are_those_that_are_kept(tmp_path: Path, family: str, site: Site) -> None:
     folder = tiny_model(family, tmp_path / family)
     shapes = trunk_shapes(inspect(str(folder), folders=[tmp_path]))
+    shapes = {name: shape for name, shape in shapes.items() if "pooler" not in name}
     planned = weight_bytes(first_blocks(site.blocks, shapes), "float32", "none")
     loaded = load_tiny(folder, [site])
     actual = 4 * sum(weight.numel() for name, weight in loaded.trunk.named_parameters() if "pooler" not in name)
@@ -244,3 +245,10 @@ def test_weights_that_a_cpu_computes_with_as_they_are_stored_take_no_memory_twic
     )
     assert as_stored.model_bytes < converted.model_bytes / 4  # four blocks of 32, and the embeddings
     assert converted.planned_bytes >= converted.model_bytes + OVERHEAD_CPU
+
+
+def test_a_transcoder_is_planned_with_rows_of_both_its_sites(tmp_path: Path) -> None:
+    one, two = TopKSAE(), TopKSAE(hook_site="mlp_in", predicts="mlp_out")
+    for on_cpu in (True, False):
+        sizes = [sae_training_bytes(sae, d_in=10, d_sae=30, batch_size=7, on_cpu=on_cpu) for sae in (one, two)]
+        assert sizes[1] - sizes[0] == 4 * 6 * 7 * 10

@@ -161,10 +161,11 @@ import numpy as np, torch
 from tests.training.test_shuffle import Layout, ShuffledRows, selection_of
 from tests.training.test_activations import ActivationStore, index_of
 torch.set_num_threads(1)
-folder, rows = Path(sys.argv[1]), int(sys.argv[2])
+folder, rows, sites = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 store = ActivationStore(folder, Layout(256, torch.float32, (0, rows)), index_of(folder / "index", rows))
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-shuffled = ShuffledRows(store, selection=selection_of(folder, np.zeros(rows, np.uint8)), seed=0, buffer_bytes=8 << 20)
+selection = selection_of(folder, np.zeros(rows, np.uint8))
+shuffled = ShuffledRows(*[store] * sites, selection=selection, seed=0, buffer_bytes=8 << 20)
 shuffled.sample(1000)
 before = peak()
 total = sum(len(batch) for epoch in range(2) for batch in shuffled.batches(epoch, 512))
@@ -173,13 +174,14 @@ print(peak() - before)
 """
 
 
-def test_memory_is_the_buffers_however_many_rows_there_are(tmp_path: Path) -> None:
-    """300 MB through two buffers of 8 MiB, one of which is there before, by a fresh process."""
+@pytest.mark.parametrize("sites", [1, 2])
+def test_memory_is_the_buffers_however_many_rows_there_are(tmp_path: Path, sites: int) -> None:
+    """300 MB a site through two buffers of 8 MiB, one of which is there before, by a fresh process."""
     rows, chunk = 300_000, torch.randn(1000, 256)
     writer = ActivationWriter(tmp_path, Layout(256, torch.float32, (0, rows)))
     for start in range(0, rows, len(chunk)):
         writer.write(start, chunk)
     writer.close()
-    command = [sys.executable, "-c", TRAIN_ALL, str(tmp_path), str(rows)]
+    command = [sys.executable, "-c", TRAIN_ALL, str(tmp_path), str(rows), str(sites)]
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert grown < 24 * 1024**2
