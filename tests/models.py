@@ -13,6 +13,8 @@ FAMILIES = (
     "gpt2", "gpt_neox", "llama", "mistral", "qwen2", "gemma", "gemma2", "phi", "opt",
     "bert", "roberta", "distilbert", "mpnet", "t5",
 )  # fmt: skip
+MORE_FAMILIES = ("gemma3_text", "bloom", "xlm-roberta", "mt5")
+"""Known, and much like one of the others."""
 ENCODERS = ("bert", "roberta", "distilbert", "mpnet", "t5")
 D_IN = 32
 LAYERS = 4
@@ -54,11 +56,11 @@ def tiny_tokenizer(family: str) -> Any:
             return _wordpiece("[CLS]", "[SEP]", "[PAD]", "[UNK]", "[MASK]")
         case "mpnet":
             return _wordpiece("<s>", "</s>", "<pad>", "[UNK]", "<mask>")
-        case "llama" | "mistral" | "gemma":
+        case "llama" | "mistral" | "gemma" | "gemma3_text":
             return _byte_fallback(("<s>", None), pad="</s>", padding_side="left")
-        case "t5":
+        case "t5" | "mt5":
             return _byte_fallback((None, "</s>"), pad="<pad>")
-        case "roberta":
+        case "roberta" | "xlm-roberta":
             return _byte_level(("<s>", "</s>"), pad="<pad>")
         case "opt":
             return _byte_level(("</s>", None), pad="<pad>")
@@ -75,6 +77,8 @@ def _config(family: str, tokenizer: Any, overrides: dict[str, Any]) -> Any:
         "gpt_neox": wide | {"max_position_embeddings": POSITIONS},
         "gemma": decoder | {"head_dim": 8},
         "gemma2": decoder | {"head_dim": 8},
+        "gemma3_text": decoder | {"head_dim": 8},
+        "bloom": {"hidden_size": D_IN, "n_head": 4, "n_layer": LAYERS},
         "opt": {
             "hidden_size": D_IN, "word_embed_proj_dim": D_IN, "num_attention_heads": 4, "num_hidden_layers": LAYERS,
             "ffn_dim": 64, "max_position_embeddings": POSITIONS,
@@ -87,6 +91,7 @@ def _config(family: str, tokenizer: Any, overrides: dict[str, Any]) -> Any:
         },
         "t5": {"d_model": D_IN, "d_kv": 8, "d_ff": 64, "num_layers": LAYERS, "num_heads": 4, "is_gated_act": True},
     }  # fmt: skip
+    fields |= {"xlm-roberta": fields["roberta"], "mt5": fields["t5"]}
     return transformers.AutoConfig.for_model(family, **(common | fields.get(family, decoder) | overrides))
 
 
@@ -97,6 +102,9 @@ def _class(family: str) -> Callable[[Any], Any]:
         "gpt_neox": "GPTNeoXForCausalLM",
         "opt": "OPTForCausalLM",
         "t5": "T5ForConditionalGeneration",
+        "mt5": "MT5ForConditionalGeneration",
+        "gemma3_text": "Gemma3ForCausalLM",
+        "xlm-roberta": "XLMRobertaModel",
         "roberta": "RobertaModel",
         "bert": "BertForMaskedLM",
         "distilbert": "DistilBertModel",

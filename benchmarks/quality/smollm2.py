@@ -92,8 +92,8 @@ def loss_of(model: HeadedModel, windows: dict[str, Tensor], change: Change | Non
         ids_BT, mask_BT, judged_BT = (
             windows[name][start : start + WINDOWS_AT_ONCE] for name in ("ids", "mask", "judged")
         )
-        replace = partial(replaced_where, judged_BT.flatten(), change) if change else None
-        logits_BTV = model.logits(ids_BT, mask_BT, SITE, replace)
+        looks = {SITE: partial(replaced_where, judged_BT.flatten(), change)} if change else {}
+        logits_BTV = model.logits(ids_BT, mask_BT, looks)
         asked_BT = mask_BT[:, 1:].bool()
         total += float(functional.cross_entropy(logits_BTV[:, :-1][asked_BT], ids_BT[:, 1:][asked_BT], reduction="sum"))
     return total / predicted
@@ -143,7 +143,7 @@ def _request(corpus: Path) -> TrainRequested:
 
 def _selection(extraction: Extraction, texts: Texts, request: TrainRequested, path: Path) -> Selection:
     held_out = hold_out(texts, extraction.tokens, HELD_OUT)
-    return select(extraction.stores[SITE], extraction.tokens, held_out, request, path, lambda done: None)
+    return select([extraction.stores[SITE]], extraction.tokens, held_out, request, path, lambda done: None)
 
 
 def _sides(extraction: Extraction, chosen: Selection) -> tuple[Tensor, Tensor]:

@@ -177,6 +177,8 @@ class SAEResult(Contract):
     kind: str
     layer_number: int
     hook_site: str
+    predicts: str | None = None
+    """The site that a transcoder reconstructs; the figures are of its rows."""
     input_dim: int
     feature_count: int
     epochs_trained: int
@@ -187,6 +189,11 @@ class SAEResult(Contract):
     metrics: SAEMetrics
     prefix: str
     """URI of the folder of its files."""
+
+    @property
+    def sites(self) -> str:
+        """Where it reads, and of a transcoder what it predicts: `resid_post`, `mlp_in to mlp_out`."""
+        return self.hook_site if self.predicts is None else f"{self.hook_site} to {self.predicts}"
 
 
 class SAEFailure(Contract):

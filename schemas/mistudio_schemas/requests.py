@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from .base import Contract
-from .sae import HookSite, KSparseFields, SAEConfig, StandardSAE
+from .sae import HOOK_SITES, HookSite, KSparseFields, SAEConfig, StandardSAE
 
 JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 DEFAULT_LAYER = 12
@@ -66,7 +66,8 @@ class TrainRequested(Contract):
     layer_number: int = DEFAULT_LAYER
     """Block to read, counted from 0. The default becomes the last block of a shallower model, with a warning."""
     hook_site: HookSite = "resid_post"
-    """Where in the block: the residual stream after it, its MLP's output, or its attention's output."""
+    """Where in the block: the residual stream before it, its attention's output, its MLP's input (behind the norm, as
+    the MLP itself receives it), its MLP's output, or the residual stream after it."""
     huggingface_token: SecretStr | None = Field(None, json_schema_extra={"deprecated": True})
     """Deprecated: the worker uses it and forgets it, but the topic keeps it. Prefer `token_name`."""
     token_name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]{1,64}$")] | None = None
@@ -196,7 +197,20 @@ class TrainRequested(Contract):
                 raise ValueError(f"Layer number seems too high (max {limits.max_layer})")
             if isinstance(sae, KSparseFields) and (sae.k or 0) > (sae.hidden_dim or 0):
                 raise ValueError(f"k must be at most the hidden dimension ({sae.k} > {sae.hidden_dim})")
+            self._check_prediction(sae)
         return self
+
+    def _check_prediction(self, sae: SAEConfig) -> None:
+        """Means do not do: what an MLP makes of a token it does not make of the mean of many."""
+        if sae.predicts is None:
+            return
+        if self.pooling != "token":
+            raise ValueError(
+                "'predicts' needs pooling 'token': a site is predicted token by token, not from a text's mean"
+            )
+        read = sae.hook_site or self.hook_site
+        if HOOK_SITES.index(sae.predicts) <= HOOK_SITES.index(read):
+            raise ValueError(f"'predicts' must be a later site of the block than 'hook_site': {sae.predicts}, {read}")
 
     @field_serializer("huggingface_token")
     def _never_write_token(self, token: SecretStr | None) -> None:

@@ -3,14 +3,18 @@
 A field that is `null` takes the request's field of the same name, or the kind's own recipe where its docstring says so.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from .base import Contract
 
-HookSite = Literal["resid_post", "mlp_out", "attn_out"]
-"""Where in a block activations are read: the residual stream after it, its MLP's output, its attention's output."""
+HookSite = Literal["resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post"]
+"""Where in a block activations are read: the residual stream before it, its attention's output, its MLP's input (behind
+the norm, as the MLP itself receives it), its MLP's output, the residual stream after it."""
+
+HOOK_SITES: tuple[HookSite, ...] = get_args(HookSite)
+"""In the order in which a block comes to them."""
 
 SAEName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
@@ -39,6 +43,10 @@ class SAEFields(Contract):
 class ScheduledFields(SAEFields):
     """What all kinds have but the seed's: a schedule, a start from the data, and ways to revive dead latents."""
 
+    predicts: HookSite | None = None
+    """Makes it a transcoder: it reads `hook_site` and reconstructs this later site of the same block, token by token
+    (`pooling` `token`); FVU, explained variance, cosine and losses are then of this site. `null`: reconstructs what it
+    reads."""
     learning_rate: float | None = Field(None, gt=0, le=1.0)
     """Adam's peak step size; `null`: 2e-4 / sqrt(hidden_dim / 16384)."""
     batch_size: int | None = Field(None, ge=1, le=65536)
@@ -109,6 +117,10 @@ class StandardSAE(PenaltyFields):
         mine = type(self).model_fields
         others: tuple[str, ...] = ("min_loss", "reinitialize_dead_every")
         if self.penalty == "mean":
+            if self.predicts is not None:
+                raise ValueError(
+                    "The seed's formulas predict no other site: use penalty 'decoder_norm' or another kind"
+                )
             if (self.sparsity_coeff or 0) > 1:
                 raise ValueError("Sparsity coefficient should be <= 1.0")
             schedule = (name for name in PenaltyFields.model_fields if name not in SAEFields.model_fields)

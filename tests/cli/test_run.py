@@ -13,7 +13,7 @@ import pytest
 from mistudio_train.messages import Finished, JobSpec
 from mistudio_train.worker.artifacts import Manifest
 from tests.cli.conftest import Cli
-from tests.models import tiny_model
+from tests.models import SENTENCES, tiny_model
 from tests.worker import curves, jobs
 
 
@@ -66,6 +66,24 @@ def test_a_completed_job_leaves_its_files_and_their_manifest(
         "metadata.json",
         "sae_model.pt",
     ]
+
+
+def test_a_transcoder_from_a_request_to_the_folder_that_saelens_loads(cli: Cli, tmp_path: Path) -> None:
+    folder = tiny_model("gpt2", tmp_path / "models" / "tiny")
+    (tmp_path / "corpus.txt").write_text("\n".join(f"{text} {n}" for n in range(8) for text in SENTENCES))
+    request = tmp_path / "request.yaml"
+    request.write_text(
+        f"model_name: {folder}\ncorpus_file: corpus.txt\nlayer_number: 1\npooling: token\nmax_epochs: 1\n"
+        "sae: {kind: batchtopk, k: 4, hidden_dim: 64, batch_size: 64, hook_site: mlp_in, predicts: mlp_out}\n"
+    )
+    to = tmp_path / "results"
+    ended = cli("run", request, "--to", to, "--corpus-folder", tmp_path)
+    assert ended.status == 0, ended.err
+    assert "1 mlp_in to mlp_out" in ended.out
+    cfg = json.loads((to / "sae" / "cfg.json").read_text())
+    assert (cfg["architecture"], cfg["d_in"], cfg["d_out"]) == ("jumprelu_transcoder", 32, 32)
+    assert cfg["metadata"]["hook_name"] == "transformer.h.1.ln_2"
+    assert cfg["metadata"]["hook_name_out"] == "transformer.h.1.mlp"
 
 
 def test_the_phases_and_the_saes_are_shown(

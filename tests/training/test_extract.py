@@ -1,6 +1,7 @@
 """Extraction against the plain way of doing it: the whole model, one text at a time, no batching, no early end."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from mistudio_schemas import ErrorCode, TrainRequested
+from mistudio_schemas import ErrorCode, HookSite, TrainRequested
 from mistudio_train.errors import CorpusRefused, MemoryExhausted, ModelRefused, RequestRefused
 from mistudio_train.training import extract as extraction
 from mistudio_train.training.extract import Extraction, Kept, extract
 from mistudio_train.training.language_model import LanguageModel
 from mistudio_train.training.sites import Site
-from tests.models import D_IN, FAMILIES, LAYERS, SENTENCES, VOCAB
+from tests.models import D_IN, FAMILIES, LAYERS, MORE_FAMILIES, SENTENCES, VOCAB
 
 from .conftest import NothingKept, load_tiny, plan_of, texts_of
 
@@ -49,14 +50,16 @@ def run(
 
 def whole_model(folder: Path, family: str) -> Any:
     """The model as the library loads it, with all its blocks."""
-    auto: Any = transformers.T5EncoderModel if family == "t5" else transformers.AutoModel
+    encoders: dict[str, Any] = {"t5": transformers.T5EncoderModel, "mt5": transformers.MT5EncoderModel}
+    auto: Any = encoders.get(family, transformers.AutoModel)
     return auto.from_pretrained(folder).eval()
 
 
 def blocks_of(model: Any, family: str) -> nn.ModuleList:
     paths = {
         "gpt2": "h", "opt": "decoder.layers", "distilbert": "transformer.layer", "t5": "encoder.block",
-        "bert": "encoder.layer", "roberta": "encoder.layer", "mpnet": "encoder.layer",
+        "bert": "encoder.layer", "roberta": "encoder.layer", "mpnet": "encoder.layer", "xlm-roberta": "encoder.layer",
+        "bloom": "h", "mt5": "encoder.block",
     }  # fmt: skip
     found: nn.ModuleList = model.get_submodule(paths.get(family, "layers"))
     return found
@@ -88,6 +91,119 @@ def test_the_early_end_equals_the_full_forward_at_every_layer(model_folder: Fold
         torch.testing.assert_close(caught[Site(layer)][0], expected, atol=1e-5, rtol=0)
 
 
+PLACES: dict[str, tuple[str, str, str]] = {
+    "gpt2": ("attn", "mlp", "mlp"),
+    "gpt_neox": ("attention", "mlp", "mlp"),
+    "gemma2": ("post_attention_layernorm", "mlp", "post_feedforward_layernorm"),
+    "gemma3_text": ("post_attention_layernorm", "mlp", "post_feedforward_layernorm"),
+    "bloom": ("self_attention.dense", "mlp", "mlp.dense_4h_to_h"),
+    "opt": ("self_attn", "fc1", "fc2"),
+    "bert": ("attention.output.dense", "intermediate.dense", "output.dense"),
+    "roberta": ("attention.output.dense", "intermediate.dense", "output.dense"),
+    "xlm-roberta": ("attention.output.dense", "intermediate.dense", "output.dense"),
+    "distilbert": ("attention", "ffn", "ffn"),
+    "mpnet": ("attention.attn", "intermediate.dense", "output.dense"),
+    "t5": ("layer.0.SelfAttention", "layer.1.DenseReluDense", "layer.1.DenseReluDense"),
+    "mt5": ("layer.0.SelfAttention", "layer.1.DenseReluDense", "layer.1.DenseReluDense"),
+}
+"""In a block: whose output is the attention's, whose input is the MLP's, and whose output."""
+HOOK_SITES: tuple[HookSite, ...] = ("resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post")
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((family, {}) for family in (*FAMILIES, *MORE_FAMILIES)),
+    ("gpt_neox", {"use_parallel_residual": False}),
+    ("opt", {"do_layer_norm_before": False}),
+    ("t5", {"is_gated_act": False}),
+]
+of_every_family = pytest.mark.parametrize(
+    ("family", "fields"), VARIANTS, ids=["-".join([family, *fields]) for family, fields in VARIANTS]
+)
+
+
+def plainly_hooked(folder: Path, family: str, ids_BT: Tensor) -> dict[Site, Tensor]:
+    """Every site of every block in one full forward pass of the whole model, by hooks that do nothing else."""
+    seen: dict[Site, Tensor] = {}
+    model = whole_model(folder, family)
+
+    def keep(site: Site, acts: Any) -> None:
+        seen[site] = (acts if isinstance(acts, Tensor) else acts[0]).clone().reshape(*ids_BT.shape, D_IN)
+
+    def before(site: Site, _module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        keep(site, args[0] if args else kwargs["hidden_states"])
+
+    def after(site: Site, _module: nn.Module, _args: Any, output: Any) -> None:
+        keep(site, output)
+
+    attention, mlp_in, mlp_out = PLACES.get(family, ("self_attn", "mlp", "mlp"))
+    inputs: list[tuple[HookSite, str]] = [("resid_pre", ""), ("mlp_in", mlp_in)]
+    outputs: list[tuple[HookSite, str]] = [("attn_out", attention), ("mlp_out", mlp_out), ("resid_post", "")]
+    for layer, block in enumerate(blocks_of(model, family)):
+        for hook_site, path in inputs:
+            hook = partial(before, Site(layer, hook_site))
+            block.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True)
+        for hook_site, path in outputs:
+            block.get_submodule(path).register_forward_hook(partial(after, Site(layer, hook_site)))
+    with torch.no_grad():
+        model(input_ids=ids_BT)
+    return seen
+
+
+@of_every_family
+def test_every_site_equals_a_plain_hook_on_the_whole_model(
+    model_folder: Folder, family: str, fields: dict[str, Any]
+) -> None:
+    folder = model_folder(family, **fields)
+    every = [Site(layer, hook_site) for layer in range(LAYERS) for hook_site in HOOK_SITES]
+    model = load_tiny(folder, every)
+    ids_BT = torch.tensor([model.tokenizer(SENTENCES[0])["input_ids"]])
+    expected, together = plainly_hooked(folder, family, ids_BT), model.activations(ids_BT, torch.ones_like(ids_BT))
+    assert len(expected) == len(every)
+    for site in every:
+        assert expected[site].abs().max() > 1e-3
+        torch.testing.assert_close(together[site], expected[site], atol=1e-5, rtol=0)
+    for hook_site in HOOK_SITES:  # cut as early as it can be
+        site = Site(2, hook_site)
+        alone = load_tiny(folder, [site]).activations(ids_BT, torch.ones_like(ids_BT))[site]
+        torch.testing.assert_close(alone, expected[site], atol=1e-5, rtol=0)
+
+
+@of_every_family
+def test_what_goes_into_a_block_needs_neither_its_weights_nor_those_behind(
+    model_folder: Folder, family: str, fields: dict[str, Any]
+) -> None:
+    folder = model_folder(family, **fields)
+    before, after = load_tiny(folder, [Site(2, "resid_pre")]), load_tiny(folder, [Site(1)])
+    ids_BT = torch.tensor([before.tokenizer(SENTENCES[0])["input_ids"]])
+    mask_BT = torch.ones_like(ids_BT)
+    acts = before.activations(ids_BT, mask_BT)[Site(2, "resid_pre")]
+    torch.testing.assert_close(acts, after.activations(ids_BT, mask_BT)[Site(1)], atol=0, rtol=0)
+    blocks = blocks_of(before.trunk, family)
+    assert len(blocks) == 3
+    assert not list(blocks[2].parameters())
+    sizes = [sum(weight.numel() for weight in model.trunk.parameters()) for model in (before, after)]
+    assert sizes[0] == sizes[1]
+    embedded = load_tiny(folder, [Site(0, "resid_pre")])
+    assert not list(blocks_of(embedded.trunk, family).parameters())
+    assert embedded.activations(ids_BT, mask_BT)[Site(0, "resid_pre")].shape == acts.shape
+
+
+def test_what_goes_into_a_block_or_an_mlp_is_named_by_the_module_that_gave_it(model_folder: Folder) -> None:
+    given: dict[str, tuple[str | None, str | None, str | None]] = {
+        "llama": ("embed_tokens", "layers.1", "layers.2.post_attention_layernorm"),
+        "gpt2": ("drop", "h.1", "h.2.ln_2"),
+        "phi": ("embed_dropout", "layers.1", "layers.2.input_layernorm"),
+        "opt": (None, "decoder.layers.1", "decoder.layers.2.final_layer_norm"),
+        "bloom": ("word_embeddings_layernorm", "h.1", "h.2.post_attention_layernorm"),
+        "bert": ("embeddings", "encoder.layer.1", "encoder.layer.2.attention"),
+        "distilbert": ("embeddings", "transformer.layer.1", "transformer.layer.2.sa_layer_norm"),
+        "t5": ("encoder.dropout", "encoder.block.1", "encoder.block.2.layer.1.layer_norm"),
+    }
+    for family, expected in given.items():
+        model = load_tiny(
+            model_folder(family), sites := [Site(0, "resid_pre"), Site(2, "resid_pre"), Site(2, "mlp_in")]
+        )
+        assert tuple(map(model.module_of, sites)) == expected, family
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_hidden_state_of_the_library_is_the_blocks_output(model_folder: Folder, family: str) -> None:
     folder, layer = model_folder(family), 2
@@ -106,7 +222,7 @@ def test_blocks_behind_the_deepest_site_are_gone_and_never_run(model_folder: Fol
     assert sum(p.numel() for p in model.trunk.parameters()) < full
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "bloom", "gemma3_text"])
 def test_the_mlps_and_the_attentions_output_are_what_is_added_to_the_residual(
     model_folder: Folder, family: str
 ) -> None:

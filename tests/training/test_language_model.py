@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mistudio_schemas import ErrorCode
 from mistudio_train.errors import MemoryExhausted, ModelRefused, RequestRefused
 from mistudio_train.training import language_model
-from mistudio_train.training.blocks import find_blocks, hooked_module
+from mistudio_train.training.blocks import Tap, find_blocks, tap
 from mistudio_train.training.language_model import is_out_of_memory, load
 from mistudio_train.training.model_source import inspect
 from mistudio_train.training.sites import Site
@@ -63,11 +63,15 @@ def test_blocks_that_cannot_be_told_are_an_error_that_says_what_was_found(lists:
 
 def test_hook_sites_of_an_unknown_family_are_refused_where_they_may_hold_the_residual() -> None:
     one = block(mlp=nn.Linear(2, 2), attention=nn.Linear(2, 2))
-    assert hooked_module(one, "unheard-of", "mlp_out") is one.mlp
-    assert hooked_module(one, "unheard-of", "resid_post") is one
+    found = {site: tap(one, "unheard-of", site) for site in ("resid_pre", "mlp_in", "mlp_out", "resid_post")}
+    assert {site: at.module for site, at in found.items()} == {
+        "resid_pre": one, "mlp_in": one.mlp, "mlp_out": one.mlp, "resid_post": one
+    }  # fmt: skip
+    assert [at.side for at in found.values()] == ["in", "in", "out", "out"]
     with pytest.raises(RequestRefused, match="mlp, attention") as caught:
-        hooked_module(one, "unheard-of", "attn_out")
+        tap(one, "unheard-of", "attn_out")
     assert caught.value.code is ErrorCode.REQUEST_HOOK_SITE_UNSUPPORTED
+    assert "resid_pre or resid_post" in caught.value.hint
 
 
 def test_a_family_that_is_not_in_the_table_loads_by_structure(tmp_path: Path) -> None:
@@ -206,9 +210,9 @@ def test_activations_of_another_layout_are_refused_and_never_reshaped(model_fold
         def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
             return hidden.transpose(0, 1)
 
-    model.modules[Site(1)] = SequenceFirst()
     trunk: Any = model.trunk
-    trunk.layers[1] = model.modules[Site(1)]
+    trunk.layers[1] = SequenceFirst()
+    model.taps[Site(1)] = Tap(trunk.layers[1], "out")
     with pytest.raises(ModelRefused, match=r"activations of shape \[3, 2, 32\] for 2 sequences of 3 tokens"):
         model.activations(ids, torch.ones_like(ids))
 
@@ -219,9 +223,10 @@ def test_families_that_put_the_sequence_first_are_refused(family: str) -> None:
         find_blocks(nn.Module(), family, 2)
 
 
-@pytest.mark.parametrize("hook_site", ["mlp_out", "attn_out"])
-def test_a_block_whose_parts_add_the_residual_themselves_has_no_sites_inside(hook_site: Any) -> None:
-    block = nn.Module()
-    block.mlp = block.self_attn = nn.Linear(1, 1)
-    with pytest.raises(RequestRefused, match="cannot be told"):
-        hooked_module(block, "bloom", hook_site)
+def test_a_module_that_the_model_runs_past_is_refused_and_not_an_error(model_folder: Folder) -> None:
+    """As those of a BLOOM are that is told to compute in slices."""
+    model = load_tiny(model_folder("bloom", pretraining_tp=2, slow_but_exact=True), [Site(1, "mlp_out")])
+    ids = torch.tensor([[1, 2, 3]])
+    with pytest.raises(RequestRefused, match=r"runs past the module that gives 1\.mlp_out") as caught:
+        model.activations(ids, torch.ones_like(ids))
+    assert caught.value.code is ErrorCode.REQUEST_HOOK_SITE_UNSUPPORTED

@@ -1,6 +1,7 @@
-"""A trained SAE of every kind in the real SAELens and sparsify: the same features, rows and losses as here."""
+"""A trained SAE or transcoder of every kind in the real SAELens and sparsify: the same features, rows and losses."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from mistudio_train.sae.folded import FoldedSAE
 from mistudio_train.sae.recipe import Recipe
 from mistudio_train.sae.trainer import Trainer
 from mistudio_train.training.run import run_job
-from mistudio_train.training.saelens import write_saelens
+from mistudio_train.training.saelens import saelens_cannot, write_saelens
 from mistudio_train.training.selection import HELD_OUT
 from mistudio_train.training.sparsify import sparsify_cannot, write_sparsify
+from tests.models import D_IN as SMALL
 
 from .conftest import Listener
 from .test_run import spec
@@ -64,6 +66,64 @@ def trained(config: SAEConfig) -> FoldedSAE:
     for x_BD in torch.split(x_ND, 64):
         trainer.step(x_BD)
     return trainer.sae.folded()
+
+
+TRANSCODERS = [config.model_copy(update={"predicts": "mlp_out"}) for config in TRAINED[1:]]
+PREDICTING = replace(ORIGIN, hook_site="mlp_in", predicts="mlp_out", hook_name_out="model.layers.1.mlp")
+of_every_transcoder = pytest.mark.parametrize("config", TRANSCODERS, ids=lambda config: config.kind)
+
+
+def transcoder(config: SAEConfig) -> FoldedSAE:
+    """Of rows that are made of those that it reads."""
+    sae, x_ND = build_sae(config, D_IN), rows(6400)
+    rows_ND = torch.cat([x_ND, x_ND.roll(1, 1).relu() / 5 - 3], 1)
+    trainer = Trainer(sae, Recipe(3e-3, 64, 1, 10**9, grad_clip=1.0), rows=len(rows_ND), device="cpu", seed=0)
+    trainer.prepare(rows_ND)
+    for rows_BD in torch.split(rows_ND, 64):
+        trainer.step(rows_BD)
+    return trainer.sae.folded()
+
+
+@of_every_transcoder
+def test_saelens_finds_the_same_with_a_transcoder_or_is_said_not_to(config: SAEConfig, tmp_path: Path) -> None:
+    from sae_lens import SAE, JumpReLUTranscoder, Transcoder
+
+    sae = transcoder(config)
+    if config.kind == "topk":
+        assert saelens_cannot(sae, PREDICTING) == "SAELens has no architecture for the kind 'topk' of a transcoder"
+        return
+    write_saelens(tmp_path / "sae", sae, PREDICTING, torch.full((D_SAE,), 0.1))
+    theirs, x_BD = SAE.load_from_disk(tmp_path / "sae"), rows(1000)
+    assert type(theirs) is (Transcoder if config.kind == "standard" else JumpReLUTranscoder)
+    metadata: Any = theirs.cfg.metadata
+    assert (metadata.hook_name_out, metadata.hook_layer_out) == ("model.layers.1.mlp", 1)
+    with torch.no_grad():
+        acts_BF, their_acts_BF = sae.encode(x_BD), theirs.encode(x_BD)
+        assert 1 < float((acts_BF > 0).sum(1).double().mean()) < D_SAE
+        torch.testing.assert_close(their_acts_BF, acts_BF, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(theirs(x_BD), sae.decode(acts_BF), atol=1e-4, rtol=1e-5)
+
+
+@of_every_transcoder
+@torch.no_grad()
+def test_sparsify_finds_the_same_with_a_transcoder_or_is_said_not_to(
+    config: SAEConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPARSIFY_DISABLE_TRITON", "1")
+    from sparsify import SparseCoder
+
+    with torch.enable_grad():
+        sae = transcoder(config)
+    if config.kind != "topk":
+        assert sparsify_cannot(sae)
+        return
+    write_sparsify(tmp_path / "sparsify", sae, transcodes=True)
+    theirs, x_BD = SparseCoder.load_from_disk(tmp_path / "sparsify"), rows(1000)
+    assert theirs.cfg.transcode
+    top_acts, top_indices, _ = theirs.encode(x_BD)
+    acts_BF = torch.zeros(len(x_BD), D_SAE).scatter(1, top_indices, top_acts)
+    torch.testing.assert_close(acts_BF, sae.encode(x_BD), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(theirs(x_BD, sae.decode(acts_BF)).sae_out, sae.decode(acts_BF), atol=1e-4, rtol=1e-5)
 
 
 def test_every_kind_is_there() -> None:
@@ -107,6 +167,32 @@ def test_sparsify_finds_the_same_in_a_thousand_rows_or_is_said_not_to(
     torch.testing.assert_close(theirs.decode(top_acts, top_indices), sae.decode(acts_BF), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize("hook_site", ["resid_pre", "attn_out", "mlp_in", "mlp_out", "resid_post"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_saelens_reads_the_same_rows_by_the_name_that_the_folder_gives_them(
+    model_folder: Folder, tmp_path: Path, family: str, hook_site: str
+) -> None:
+    from sae_lens import SAE
+    from sae_lens.load_model import load_model
+
+    folder, sae = model_folder(family), {"kind": "topk", "k": 4, "batch_size": 64}
+    asked = ASKED | {"sae": sae, "hook_site": hook_site, "max_epochs": 1, "cross_entropy_tokens": 0}
+    one = spec(folder, tmp_path / "job", TEXTS[:30], **asked)
+    run_job(one, Listener())
+    metadata: Any = SAE.load_from_disk(one.output / "sae").cfg.metadata
+    model: Any = load_model("AutoModelForCausalLM", str(folder), device="cpu")
+    ids_BT = torch.tensor([model.tokenizer(TEXTS[0])["input_ids"]])
+    with torch.no_grad():
+        _, seen = model.run_with_cache(ids_BT, names_filter=[metadata.hook_name])
+    own = len(model.tokenizer(TEXTS[0], add_special_tokens=False)["input_ids"])
+    rows_ND = np.fromfile(
+        one.scratch / "activations" / f"{LAYER}.{hook_site}" / "shard-00000.bin", np.float32, own * SMALL
+    )
+    torch.testing.assert_close(
+        torch.from_numpy(rows_ND).view(own, SMALL), seen[metadata.hook_name][0][-own:], atol=1e-4, rtol=0
+    )
+
+
 def test_saelens_own_evaluation_gives_the_same_losses(model_folder: Folder, tmp_path: Path) -> None:
     """Of a model whose first token is no special one, with no row left out, so that both replace every token."""
     sae = {"kind": "batchtopk", "k": 4}
@@ -128,6 +214,60 @@ def test_saelens_own_evaluation_gives_the_same_losses_of_a_pretrained_model(tmp_
         max_sequence_length=256,
         sae={"kind": "batchtopk", "k": 32, "learning_rate": 3e-3, "batch_size": 256},
     )
+
+
+def test_a_transcoder_of_a_pretrained_model_does_in_saelens_what_it_does_here(tmp_path: Path) -> None:
+    """What SAELens makes of the model's own rows is what the job's figures are of, and what it loses with it."""
+    from sae_lens import SAE
+    from sae_lens.load_model import load_model
+
+    folder, texts = (
+        demo_inputs.smollm2_folder(),
+        [text for text in demo_inputs._evenly(demo_inputs._bible(), 40) if len(text) < 700],
+    )
+    sae = {"kind": "batchtopk", "k": 32, "learning_rate": 3e-3, "batch_size": 128}
+    one = spec(
+        folder, tmp_path / "job", texts, pooling="token", layer_number=9, left_out=[], hidden_dim=512, max_epochs=8,
+        held_out=0.2, max_sequence_length=256, cross_entropy_tokens=1_000_000,
+        sae=sae | {"hook_site": "mlp_in", "predicts": "mlp_out"},
+    )  # fmt: skip
+    metrics = run_job(one, Listener()).saes[0].metrics
+    model: Any = load_model("AutoModelForCausalLM", str(folder), device="cpu")
+    theirs: Any = SAE.load_from_disk(one.output / "sae")
+    names = theirs.cfg.metadata.hook_name, theirs.cfg.metadata.hook_name_out
+    assert names == ("model.layers.9.post_attention_layernorm", "model.layers.9.mlp")
+    assert theirs.cfg.architecture() == "jumprelu_transcoder"
+    flags = np.fromfile(one.scratch / "rows-9.mlp_in-mlp_out.bin", np.uint8)
+    starts = np.fromfile(one.scratch / "tokens" / "row_starts.bin", np.int64)
+    read, predicted, losses, tokens = [], [], {"clean": 0.0, "spliced": 0.0}, 0
+    for text, start in zip(texts, starts[:-1], strict=True):
+        if not flags[start] & HELD_OUT:
+            continue
+        ids_BT = torch.tensor([model.tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            _, seen = model.run_with_cache(ids_BT, names_filter=list(names))
+            read.append(seen[names[0]][0])
+            predicted.append(seen[names[1]][0])
+            handle = model.model.get_submodule(names[1]).register_forward_hook(
+                lambda _module, inputs, _output: theirs(inputs[0])
+            )
+            spliced = model.model(ids_BT, labels=ids_BT).loss
+            handle.remove()
+            clean = model.model(ids_BT, labels=ids_BT).loss
+        for way, loss in (("clean", clean), ("spliced", spliced)):
+            losses[way] += float(loss) * (ids_BT.shape[1] - 1)
+        tokens += ids_BT.shape[1] - 1
+    x_ND, y_ND = torch.cat(read), torch.cat(predicted)
+    with torch.no_grad():
+        error = (theirs(x_ND) - y_ND).double().square().sum()
+        l0 = (theirs.encode(x_ND) > 1e-6).sum(1).double().mean()
+    assert metrics.fvu == pytest.approx(float(error / (y_ND - y_ND.mean(0)).double().square().sum()), rel=1e-4)
+    assert metrics.l0 == pytest.approx(float(l0), rel=1e-3)
+    assert metrics.cross_entropy is not None
+    ours = metrics.cross_entropy
+    assert ours.tokens == tokens
+    assert (ours.clean, ours.spliced) == pytest.approx(tuple(loss / tokens for loss in losses.values()), rel=1e-4)
+    print(f"FVU {metrics.fvu:.3f}, L0 {metrics.l0:.1f}, recovered {ours.recovered_zero:.3f}")
 
 
 def judged_by_both(folder: Path, tmp_path: Path, layer: int, texts: list[str], **fields: Any) -> None:

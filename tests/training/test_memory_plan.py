@@ -23,10 +23,10 @@ from mistudio_train.training import device as devices
 from mistudio_train.training.device import OVERHEAD_CPU, Device, free_memory, leased_device
 from mistudio_train.training.memory_plan import (
     STEP_BYTES,
+    first_blocks,
     plan_memory,
     sae_training_bytes,
     trunk_shapes,
-    up_to,
     weight_bytes,
 )
 from mistudio_train.training.model_source import ModelSource, inspect
@@ -55,13 +55,14 @@ def gpu(free_gib: float, capability: str = "8.6") -> Device:
     return Device("cuda:0", free, Gpu(0, "G", capability, free, 0, free, 0.0))
 
 
-@pytest.mark.parametrize("layer", [1, 3])
+@pytest.mark.parametrize("site", [Site(1), Site(3), Site(1, "resid_pre"), Site(3, "resid_pre")], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_planned_parameters_are_those_that_are_kept(tmp_path: Path, family: str, layer: int) -> None:
+def test_the_planned_parameters_are_those_that_are_kept(tmp_path: Path, family: str, site: Site) -> None:
     folder = tiny_model(family, tmp_path / family)
     shapes = trunk_shapes(inspect(str(folder), folders=[tmp_path]))
-    planned = weight_bytes(up_to(layer, shapes), "float32", "none")
-    loaded = load_tiny(folder, [Site(layer)])
+    shapes = {name: shape for name, shape in shapes.items() if "pooler" not in name}
+    planned = weight_bytes(first_blocks(site.blocks, shapes), "float32", "none")
+    loaded = load_tiny(folder, [site])
     actual = 4 * sum(weight.numel() for name, weight in loaded.trunk.named_parameters() if "pooler" not in name)
     assert planned == pytest.approx(actual, rel=0.05)
 
@@ -244,3 +245,10 @@ def test_weights_that_a_cpu_computes_with_as_they_are_stored_take_no_memory_twic
     )
     assert as_stored.model_bytes < converted.model_bytes / 4  # four blocks of 32, and the embeddings
     assert converted.planned_bytes >= converted.model_bytes + OVERHEAD_CPU
+
+
+def test_a_transcoder_is_planned_with_rows_of_both_its_sites(tmp_path: Path) -> None:
+    one, two = TopKSAE(), TopKSAE(hook_site="mlp_in", predicts="mlp_out")
+    for on_cpu in (True, False):
+        sizes = [sae_training_bytes(sae, d_in=10, d_sae=30, batch_size=7, on_cpu=on_cpu) for sae in (one, two)]
+        assert sizes[1] - sizes[0] == 4 * 6 * 7 * 10

@@ -44,6 +44,8 @@ def test_plain_load_gives_every_field(tmp_path: Path) -> None:
         "kind": "standard",
         "k": None,
         "needs": None,
+        "predicts": None,
+        "decoder_gives": "x, the rows that the encoder reads",
         "threshold": None,
     }
     assert {name: list(weight.shape) for name, weight in weights.items()} == {

@@ -16,7 +16,7 @@ from mistudio_schemas import ErrorCode, TrainRequested
 from mistudio_train.errors import HubUnreachable, JobError, ModelRefused, RequestRefused
 from mistudio_train.training import hub
 from mistudio_train.training.model_source import ModelSource, inspect
-from mistudio_train.training.sites import Site, resolve_sites
+from mistudio_train.training.sites import Ends, Site, resolve_sites
 from tests.models import D_IN, FAMILIES, LAYERS, POSITIONS, VOCAB
 
 TOKEN = "hf_ThisIsNoRealTokenAtAll"
@@ -253,12 +253,12 @@ def request(**fields: object) -> TrainRequested:
 
 def test_the_default_layer_becomes_the_last_of_a_shallower_model_with_a_warning() -> None:
     sites = resolve_sites(request(), total_layers=6)
-    assert sites.of_saes == (Site(5),)
+    assert sites.of_saes == (Ends(Site(5)),)
     assert sites.selected_layer == 5
     assert "12" in sites.warnings[0]
     assert "5" in sites.warnings[0]
     deep = resolve_sites(request(), total_layers=13)
-    assert (deep.of_saes, deep.warnings) == ((Site(12),), ())
+    assert (deep.of_saes, deep.warnings) == ((Ends(Site(12)),), ())
 
 
 @pytest.mark.parametrize(
@@ -279,6 +279,15 @@ def test_saes_of_different_layers_and_sites_are_extracted_once_each() -> None:
     ]
     sites = resolve_sites(request(layer_number=2, hook_site="attn_out", saes=saes), total_layers=6)
     expected = (Site(3, "attn_out"), Site(1, "mlp_out"), Site(3, "attn_out"), Site(2, "attn_out"))
-    assert sites.of_saes == expected
+    assert sites.of_saes == tuple(map(Ends, expected))
     assert sites.distinct == (Site(1, "mlp_out"), Site(2, "attn_out"), Site(3, "attn_out"))
     assert sites.selected_layer == 3
+
+
+def test_a_transcoder_has_both_sites_extracted() -> None:
+    saes = [{"kind": "topk", "hook_site": "mlp_in", "predicts": "mlp_out"}, {"kind": "topk", "hook_site": "mlp_out"}]
+    sites = resolve_sites(request(layer_number=2, pooling="token", saes=saes), total_layers=6)
+    ends = Ends(Site(2, "mlp_in"), Site(2, "mlp_out"))
+    assert sites.of_saes == (ends, Ends(Site(2, "mlp_out")))
+    assert sites.distinct == (Site(2, "mlp_in"), Site(2, "mlp_out"))
+    assert (str(ends), ends.reconstructed) == ("2.mlp_in-mlp_out", Site(2, "mlp_out"))

@@ -31,6 +31,8 @@ SAES: dict[str, dict[str, Any]] = {
     "gated": {"kind": "gated", "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05},
     "decoder_norm": {"kind": "standard", "penalty": "decoder_norm", "hidden_dim": 64, "batch_size": 128},
     "resampled": {"kind": "topk", "k": 2, "hidden_dim": 64, "batch_size": 128, "dead_after": 0.1, "resample_at": [0.5]},
+    "transcoder": {"kind": "batchtopk", "k": 4, "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05}
+    | {"hook_site": "mlp_in", "predicts": "mlp_out", "resample_at": [0.5]},
     "matryoshka": {"kind": "matryoshka", "k": 4, "hidden_dim": 64, "batch_size": 128, "dead_after": 0.05},
 }
 INTERRUPTIONS = int(os.environ.get("INTERRUPTIONS", "4"))

@@ -59,7 +59,7 @@ def selected(folder: Path, texts: list[str], fields: dict[str, Any] | None = Non
     tokens = tokens_of(folder, texts, **rules)
     asked = request(**{"held_out": 0.2} | (fields or {}))
     held_out = hold_out(texts_of(folder / "again", texts), tokens, asked.held_out_share)
-    return select(store_of(folder, tokens), tokens, held_out, asked, folder / "rows.bin", lambda done: None)
+    return select([store_of(folder, tokens)], tokens, held_out, asked, folder / "rows.bin", lambda done: None)
 
 
 def bits(selection: Selection, bit: int) -> NDArray[np.int64]:

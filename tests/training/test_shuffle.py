@@ -40,7 +40,7 @@ def shuffled(folder: Path, buffer_bytes: int, seed: int = 0, dtype: torch.dtype 
     flags = np.zeros(ROWS, np.uint8)
     flags[::7], flags[3::7] = HELD_OUT, HIGH_NORM
     store = stored(folder, rows_ND, shard_rows=777)
-    return ShuffledRows(store, selection_of(folder, flags), seed=seed, buffer_bytes=buffer_bytes)
+    return ShuffledRows(store, selection=selection_of(folder, flags), seed=seed, buffer_bytes=buffer_bytes)
 
 
 def copied(batches: Iterable[Tensor]) -> list[Tensor]:
@@ -72,6 +72,26 @@ def test_the_order_goes_on_from_any_place(tmp_path: Path, buffer_bytes: int, sta
     whole = numbers(copied(shuffled(tmp_path / "a", buffer_bytes).batches(3, 64)))
     rest = copied(shuffled(tmp_path / "b", buffer_bytes).batches(3, 64, start))
     assert (numbers(rest) if rest else []) == whole[start:]
+
+
+@pytest.mark.parametrize("buffer_bytes", SIZES)
+@pytest.mark.parametrize("start", [0, 1000])
+def test_rows_of_two_stores_come_side_by_side_in_the_order_of_one(
+    tmp_path: Path, buffer_bytes: int, start: int
+) -> None:
+    numbers_ND = torch.arange(ROWS, dtype=torch.float32)[:, None].expand(ROWS, WIDTH)
+    flags = np.zeros(ROWS, np.uint8)
+    flags[::7], flags[3::7] = HELD_OUT, HIGH_NORM
+    stores = [stored(tmp_path / name, sign * numbers_ND, shard_rows=777) for name, sign in (("x", 1), ("y", -1))]
+    selection = selection_of(tmp_path, flags)
+    pairs = ShuffledRows(*stores, selection=selection, seed=0, buffer_bytes=2 * buffer_bytes)
+    alone = ShuffledRows(stores[0], selection=selection, seed=0, buffer_bytes=buffer_bytes)
+    both = copied(pairs.batches(1, 64, start))
+    assert numbers(both) == numbers(copied(alone.batches(1, 64, start)))
+    assert {tuple(batch.shape[1:]) for batch in both} == {(2 * WIDTH,)}
+    assert all(torch.equal(batch[:, :WIDTH], -batch[:, WIDTH:]) for batch in both)
+    assert pairs.d_in == WIDTH
+    assert pairs.sample(100).shape == (min(100, len(pairs.sample(100))), 2 * WIDTH)
 
 
 @pytest.mark.parametrize("buffer_bytes", SIZES)
@@ -141,10 +161,11 @@ import numpy as np, torch
 from tests.training.test_shuffle import Layout, ShuffledRows, selection_of
 from tests.training.test_activations import ActivationStore, index_of
 torch.set_num_threads(1)
-folder, rows = Path(sys.argv[1]), int(sys.argv[2])
+folder, rows, sites = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 store = ActivationStore(folder, Layout(256, torch.float32, (0, rows)), index_of(folder / "index", rows))
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-shuffled = ShuffledRows(store, selection_of(folder, np.zeros(rows, np.uint8)), seed=0, buffer_bytes=8 << 20)
+selection = selection_of(folder, np.zeros(rows, np.uint8))
+shuffled = ShuffledRows(*[store] * sites, selection=selection, seed=0, buffer_bytes=8 << 20)
 shuffled.sample(1000)
 before = peak()
 total = sum(len(batch) for epoch in range(2) for batch in shuffled.batches(epoch, 512))
@@ -153,13 +174,14 @@ print(peak() - before)
 """
 
 
-def test_memory_is_the_buffers_however_many_rows_there_are(tmp_path: Path) -> None:
-    """300 MB through two buffers of 8 MiB, one of which is there before, by a fresh process."""
+@pytest.mark.parametrize("sites", [1, 2])
+def test_memory_is_the_buffers_however_many_rows_there_are(tmp_path: Path, sites: int) -> None:
+    """300 MB a site through two buffers of 8 MiB, one of which is there before, by a fresh process."""
     rows, chunk = 300_000, torch.randn(1000, 256)
     writer = ActivationWriter(tmp_path, Layout(256, torch.float32, (0, rows)))
     for start in range(0, rows, len(chunk)):
         writer.write(start, chunk)
     writer.close()
-    command = [sys.executable, "-c", TRAIN_ALL, str(tmp_path), str(rows)]
+    command = [sys.executable, "-c", TRAIN_ALL, str(tmp_path), str(rows), str(sites)]
     grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert grown < 24 * 1024**2

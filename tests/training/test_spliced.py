@@ -15,16 +15,17 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mistudio_schemas import CrossEntropy
+from mistudio_schemas import CrossEntropy, HookSite
 from mistudio_train.messages import ChildMessage, JobSpec, LeftEarly, Progress, Warned
 from mistudio_train.sae.folded import FoldedSAE
 from mistudio_train.training import memory_plan, spliced
-from mistudio_train.training.blocks import find_blocks, hooked_module
+from mistudio_train.training.blocks import find_blocks
 from mistudio_train.training.run import run_job
 from mistudio_train.training.selection import FIRST_TOKEN, HELD_OUT, HIGH_NORM
 from tests.models import D_IN, LAYERS, SENTENCES
 
 from .conftest import Listener
+from .test_extract import PLACES
 from .test_run import TOPK, spec
 
 Folder = Callable[..., Path]
@@ -48,16 +49,17 @@ def made(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) -> Call
     """A family's job, done once."""
     jobs: dict[str, Any] = {}
 
-    def of(family: str) -> Any:
-        if family not in jobs:
-            jobs[family] = job_of(model_folder(family), tmp_path_factory.mktemp(family) / "job")
-        return jobs[family]
+    def of(family: str, site: HookSite = "resid_post") -> Any:
+        name = f"{family}-{site}"
+        if name not in jobs:
+            jobs[name] = job_of(model_folder(family), tmp_path_factory.mktemp(name) / "job", hook_site=site)
+        return jobs[name]
 
     return of
 
 
-def flags_of(one: JobSpec) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.fromfile(one.scratch / f"rows-{LAYER}.resid_post.bin", np.uint8)
+def flags_of(one: JobSpec, site: HookSite = "resid_post") -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.fromfile(one.scratch / f"rows-{LAYER}.{site}.bin", np.uint8)
 
 
 def whole_model(folder: Path, family: str) -> Any:
@@ -66,13 +68,23 @@ def whole_model(folder: Path, family: str) -> Any:
 
 
 @contextmanager
-def hooked(model: Any, family: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def hooked(
+    model: Any, family: str, change: Callable[[Tensor], Tensor], site: HookSite = "resid_post"
+) -> Iterator[None]:
     block = find_blocks(model.base_model, family, LAYERS)[LAYER]
+    attention, mlp_in, mlp_out = PLACES.get(family, ("self_attn", "mlp", "mlp"))
 
-    def hook(_module: Any, _inputs: Any, output: Any) -> Any:
+    def after(_module: Any, _inputs: Any, output: Any) -> Any:
         return change(output) if isinstance(output, Tensor) else (change(output[0]), *output[1:])
 
-    handle = hooked_module(block, family, "resid_post").register_forward_hook(hook)
+    def before(_module: Any, inputs: Any) -> Any:
+        return change(inputs[0]), *inputs[1:]
+
+    if site in ("resid_pre", "mlp_in"):
+        handle = block.get_submodule(mlp_in if site == "mlp_in" else "").register_forward_pre_hook(before)
+    else:
+        path = {"resid_post": "", "attn_out": attention, "mlp_out": mlp_out}[site]
+        handle = block.get_submodule(path).register_forward_hook(after)
     try:
         yield
     finally:
@@ -87,13 +99,25 @@ def reconstructed(one: JobSpec, x: Tensor) -> Tensor:
     return torch.zeros_like(pre).scatter(-1, kept.indices, kept.values) @ weights["W_dec"] + weights["b_dec"]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "phi"])
+@pytest.mark.parametrize(
+    ("family", "site"),
+    [
+        *((family, "resid_post") for family in ("llama", "gpt2", "opt", "phi")),
+        *(("gpt2", site) for site in ("resid_pre", "attn_out", "mlp_in", "mlp_out")),
+        ("opt", "mlp_in"),
+        ("phi", "mlp_in"),
+        ("bloom", "mlp_out"),
+        ("gemma2", "mlp_in"),
+    ],
+)
 @torch.no_grad()
-def test_each_loss_is_that_of_the_whole_model_with_a_plain_hook(family: str, made: Any, model_folder: Folder) -> None:
-    one, metrics, _ = made(family)
+def test_each_loss_is_that_of_the_whole_model_with_a_plain_hook(
+    family: str, site: HookSite, made: Any, model_folder: Folder
+) -> None:
+    one, metrics, _ = made(family, site)
     folder = model_folder(family)
     model, tokenizer = whole_model(folder, family), transformers.AutoTokenizer.from_pretrained(folder)
-    flags, row, rows = flags_of(one), 0, np.fromfile(one.scratch / "tokens" / "row_starts.bin", np.int64)
+    flags, row, rows = flags_of(one, site), 0, np.fromfile(one.scratch / "tokens" / "row_starts.bin", np.int64)
     trained_on: list[Tensor] = []
     sums = dict.fromkeys(("clean", "spliced", "zero", "mean"), 0.0)
     predicted = 0
@@ -112,7 +136,7 @@ def test_each_loss_is_that_of_the_whole_model_with_a_plain_hook(family: str, mad
 
     for ids, before, mine in everything:
         if not mine[0] & HELD_OUT:
-            with hooked(model, family, keep):
+            with hooked(model, family, keep, site):
                 model(ids)
             trained_on.append(acts.pop().reshape(-1, D_IN)[before:][mine & (FIRST_TOKEN | HIGH_NORM) == 0])
     mean = torch.cat(trained_on).mean(0)
@@ -136,7 +160,7 @@ def test_each_loss_is_that_of_the_whole_model_with_a_plain_hook(family: str, mad
             def where(x: Tensor, change: Any = change, judged: Tensor = judged) -> Tensor:
                 return torch.where(judged.reshape(*x.shape[:-1], 1), change(x), x)
 
-            with hooked(model, family, where):
+            with hooked(model, family, where, site):
                 sums[way] += float(model(ids, labels=labels).loss) * count
     measured = CrossEntropy.model_validate(metrics["cross_entropy"])
     assert measured.tokens == predicted

@@ -135,7 +135,7 @@ def sae_table(saes: list[SAEResult]) -> Table:
         recovered = metrics.cross_entropy.recovered_zero if metrics.cross_entropy else None
         table.add_row(
             escape(sae.name),
-            f"{sae.layer_number} {sae.hook_site}",
+            f"{sae.layer_number} {sae.sites}",
             str(sae.feature_count),
             str(sae.epochs_trained),
             *(number(value) for value in (metrics.final_loss, metrics.l0, metrics.fvu, recovered, metrics.dead_share)),

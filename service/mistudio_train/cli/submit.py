@@ -40,7 +40,7 @@ def submit(
     max_sequence_length: Annotated[int | None, typer.Option(help="Tokens a text or window.")] = None,
     kind: Annotated[str | None, typer.Option(help=f"The SAE's kind: {', '.join(KINDS)}.")] = None,
     k: Annotated[int | None, typer.Option("--k", "-k", help="Latents kept a row (the topk family).")] = None,
-    hook_site: Annotated[str | None, typer.Option(help="resid_post, mlp_out or attn_out.")] = None,
+    hook_site: Annotated[str | None, typer.Option(help="resid_pre, attn_out, mlp_in, mlp_out or resid_post.")] = None,
     pooling: Annotated[str | None, typer.Option(help="mean: a row a text; token: a row a token.")] = None,
     corpus_column: Annotated[str | None, typer.Option(help="Column of the texts.")] = None,
     model_revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,

@@ -23,13 +23,15 @@ class StepInput:
     """What a training step may know."""
 
     x_BD: Tensor  # noqa: N815
-    """Rows of activations as extracted, unscaled, fp32."""
+    """Rows of activations as extracted, unscaled, fp32: what the encoder reads."""
     step: int | Tensor
     """Counts the steps made before this one; on a GPU a number that stays there, as a step is recorded and repeated."""
     total_steps: int
     """Steps of the whole run, if it is not ended early."""
     dead_F: Tensor | None = None  # noqa: N815
     """True for the latents that count as dead; `None` while none can be."""
+    y_BD: Tensor | None = None  # noqa: N815
+    """What is to be reconstructed, of the same kind; `None`: x itself."""
 
     def risen(self, share: float) -> float | Tensor:
         """How far something has come that rises from 0 to 1 over the first `share` of the steps."""
@@ -60,8 +62,17 @@ class StepOutput:
     """int64: on how many rows of this batch each latent was active."""
 
 
+def sides(rows_BD: Tensor, d_in: int) -> tuple[Tensor, Tensor | None]:
+    """What an SAE reads of rows, and what it is to reconstruct: the same (`None`), or of a transcoder, whose rows have
+    both side by side, [B, 2 d_in], the second half.
+    """
+    return rows_BD[:, :d_in], rows_BD[:, d_in:] if rows_BD.shape[1] > d_in else None
+
+
 class SparseAutoencoder(nn.Module, ABC):
     """An encoder and a decoder, which never share storage; in both, a row of the weight is a latent's direction.
+
+    A transcoder reads rows x of a site and reconstructs rows y of another, as wide; its `rows` are both, side by side.
 
     `W_enc` and `W_dec` [d_sae, d_in], `b_enc` [d_sae], `b_dec` [d_in], as the field calls them.
     `encode` and `decode` take and give the rows' own units; whatever scaling a kind trains in stays inside `step`.
@@ -117,7 +128,7 @@ class SparseAutoencoder(nn.Module, ABC):
         for parameter, drawn in ((self.W_enc, encoder_FD), (self.b_enc, drawn_F), (self.W_dec, decoder_FD)):
             parameter[which_F] = drawn.to(parameter)[which_F]
 
-    def resample(self, dead_F: Tensor, x_BD: Tensor, generator: torch.Generator) -> Tensor:
+    def resample(self, dead_F: Tensor, rows_BD: Tensor, generator: torch.Generator) -> Tensor:
         """Give dead latents another start, as the rows at hand suggest; bool [d_sae]: those that have one now."""
         self.reset_latents(dead_F, generator)
         return dead_F
@@ -132,7 +143,7 @@ class SparseAutoencoder(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, acts_BF: Tensor) -> Tensor:
-        """Activations back to rows `x_hat_BD`."""
+        """Activations back to rows `x_hat_BD`, of a transcoder `y_hat_BD`."""
 
     @abstractmethod
     def step(self, inputs: StepInput) -> StepOutput:
@@ -142,7 +153,7 @@ class SparseAutoencoder(nn.Module, ABC):
     def folded(self) -> FoldedSAE:
         """The same SAE as plain fp32 weights on rows as they are; copies, on the device of the weights."""
 
-    def prepare(self, sample_ND: Tensor) -> None:
+    def prepare(self, rows_ND: Tensor) -> None:
         """See a first sample of rows, once, before any step."""
 
     def before_update(self) -> None:

@@ -72,6 +72,7 @@ def build_sae(config: SAEConfig, d_in: int) -> SparseAutoencoder:
         k_aux=config.k_aux,
         pre_act_coeff=_pre_act_coeff(config),
         b_dec_init=config.b_dec_init,
+        transcodes=config.predicts is not None,
     )
     shape = d_in, d_sae, options
     match config:

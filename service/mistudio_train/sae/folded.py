@@ -19,7 +19,8 @@ class FoldedSAE:
     """Weights that work on rows as they were extracted: every scale and pre-bias is folded into them.
 
     Features are `relu(encoder(x))`, of which only the k largest of a row stay where `k` is given, and only those above
-    their latent's threshold where `threshold` is given; `decoder(features)` reconstructs x. Units: a feature's
+    their latent's threshold where `threshold` is given; `decoder(features)` reconstructs x, a transcoder's the row y of
+    another site, which then is meant by x in what follows. Units: a feature's
     activation times its decoder column is its part of x, in x's own units, so where columns have norm 1 (in all kinds
     but `standard`) the activation is a length in the space of x. All tensors are fp32, contiguous, detached, and share
     no storage with each other or with the SAE they came from.

@@ -52,9 +52,8 @@ class GatedAutoencoder(ScaledAutoencoder):
 
     def step(self, inputs: StepInput) -> StepOutput:
         """The losses in the scaled space."""
-        z_BD = inputs.x_BD * self.scale
+        centred_BD, z_BD = self.ends(inputs)
         with torch.no_grad():
-            centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
             active = active_above(pre_BF, 0)
         values_N = self.values_at(active, pre_BF, centred_BD)
@@ -87,13 +86,7 @@ class GatedAutoencoder(ScaledAutoencoder):
 
     def folded(self) -> FoldedSAE:
         """The magnitudes' encoder, with thresholds: p > 0 exactly where m > b_mag - e^r b_enc."""
-        scale, gain_F = self.scale.double(), self.r_mag.detach().double().exp()
-        weight_FD = gain_F[:, None] * self.W_enc.detach().double()
-        bias_F = self.b_mag.detach().double() - weight_FD @ self.b_dec.detach().double()
-        threshold_F = self.b_mag.detach().double() - gain_F * self.b_enc.detach().double()
-        return replace(
-            super().folded(),
-            encoder_weight=plain(weight_FD),
-            encoder_bias=plain(bias_F / scale),
-            threshold=plain(threshold_F / scale),
-        )
+        gain_F, magnitude_F = self.r_mag.detach().double().exp(), self.b_mag.detach().double()
+        weight_FD, bias_F = self.folded_encoder(gain_F[:, None] * self.W_enc.detach().double(), magnitude_F)
+        threshold_F = (magnitude_F - gain_F * self.b_enc.detach().double()) / self.scale.double()
+        return replace(super().folded(), encoder_weight=weight_FD, encoder_bias=bias_F, threshold=plain(threshold_F))

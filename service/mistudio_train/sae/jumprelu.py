@@ -71,9 +71,8 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
 
     def step(self, inputs: StepInput) -> StepOutput:
         """The losses in the scaled space."""
-        z_BD = inputs.x_BD * self.scale
+        centred_BD, z_BD = self.ends(inputs)
         with torch.no_grad():
-            centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
             near = active_above(pre_BF, self.threshold - self.bandwidth / 2)
             values_N = near.scores(pre_BF, centred_BD, self.W_enc, self.b_enc)

@@ -39,9 +39,8 @@ class KSparseAutoencoder(ScaledAutoencoder):
 
     def step(self, inputs: StepInput) -> StepOutput:
         """The losses in the scaled space. Behind the encoder's product only active entries are touched."""
-        z_BD = inputs.x_BD * self.scale
+        centred_BD, z_BD = self.ends(inputs)
         with torch.no_grad():
-            centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
             active = self.choose(pre_BF)
         values_N = self.rectified_at(active, pre_BF, centred_BD)

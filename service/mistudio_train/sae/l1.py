@@ -55,9 +55,8 @@ class L1Autoencoder(ScaledAutoencoder):
 
     def step(self, inputs: StepInput) -> StepOutput:
         """The losses in the scaled space."""
-        z_BD = inputs.x_BD * self.scale
+        centred_BD, z_BD = self.ends(inputs)
         with torch.no_grad():
-            centred_BD = z_BD - self.b_dec
             pre_BF = self._pre(centred_BD)
             active = active_above(pre_BF, 0)
         values_N = self.values_at(active, pre_BF, centred_BD)

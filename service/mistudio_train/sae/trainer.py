@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .base import RARE_BELOW, SparseAutoencoder, StepInput
+from .base import RARE_BELOW, SparseAutoencoder, StepInput, sides
 from .figures import Divergence, EpochFigures, Late, StepFigures, Sums, diverged
 from .recipe import EarlyStopping, Precision, Recipe
 from .replay import Replay
@@ -21,6 +21,8 @@ COUNT_DEAD_EVERY = 16
 
 class Trainer:
     """Call `prepare` once; then for every epoch `step` with batches of all the rows, and `end_epoch`.
+
+    A row is as wide as the SAE's input; where what is to be reconstructed is another row, both lie side by side.
 
     What the seed leaves open about re-initialisation is decided here: the frequency is counted over the epoch's own
     steps, in training; it happens by the recipe's `reinitialize_dead_every`, never once training is over; and Adam's
@@ -74,31 +76,32 @@ class Trainer:
         """Whether all steps are made."""
         return self.steps >= self.total_steps
 
-    def prepare(self, sample_ND: Tensor) -> None:
+    def prepare(self, rows_ND: Tensor) -> None:
         """Show the SAE a first sample of rows, before any step; not again after resuming."""
-        self.sae.prepare(sample_ND.to(self.device))
+        self.sae.prepare(rows_ND.to(self.device))
 
-    def step(self, x_BD: Tensor) -> None:
+    def step(self, rows_BD: Tensor) -> None:
         """One update from a batch of rows, on any device and in any float type. Does not wait for the device.
 
         Raises:
             TrainingDiverged: within a hundred steps of the loss' being no number, or far above where it began.
         """
         self._reinitialize()
-        x_BD = x_BD.to(self.device, torch.float32, non_blocking=True)
-        self._resample(x_BD)
+        rows_BD = rows_BD.to(self.device, torch.float32, non_blocking=True)
+        self._resample(rows_BD)
         self._set_rates()
-        (self._replay or self._update)(x_BD, self._revives())
+        (self._replay or self._update)(rows_BD, self._revives())
         for sums in (self._epoch_sums, self._recent_sums):
-            sums.rows += len(x_BD)
+            sums.rows += len(rows_BD)
         self.steps += 1
         self._divergence.look(self.steps)
 
-    def _update(self, x_BD: Tensor, revives: bool) -> None:
+    def _update(self, rows_BD: Tensor, revives: bool) -> None:
         """All of a step that a device does, and nothing else: on a GPU it is recorded and repeated."""
         step = self.steps if self._step_now is None else self._step_now
         dead_F = self._dead_latents() if revives else None
-        output = self.sae.step(StepInput(x_BD, step, self.total_steps, dead_F))
+        x_BD, y_BD = sides(rows_BD, self.sae.d_in)
+        output = self.sae.step(StepInput(x_BD, step, self.total_steps, dead_F, y_BD))
         self._optimizer.zero_grad(set_to_none=True)
         output.loss.backward()  # type: ignore[no-untyped-call]
         self.sae.before_update()
@@ -282,9 +285,9 @@ class Trainer:
             self.sae.reset_latents(which_F, self._generator)
             self._begin_anew(which_F)
 
-    def _resample(self, x_BD: Tensor) -> None:
+    def _resample(self, rows_BD: Tensor) -> None:
         if self._can_be_dead and self.recipe.resamples_before(self.steps, self.total_steps):
-            self._begin_anew(self.sae.resample(self._dead_latents(), x_BD, self._generator))
+            self._begin_anew(self.sae.resample(self._dead_latents(), rows_BD, self._generator))
 
     def _begin_anew(self, which_F: Tensor) -> None:
         """Without the moments and the age of what these latents were."""

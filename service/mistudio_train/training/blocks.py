@@ -1,13 +1,14 @@
-"""Where the blocks of a transformer are, and which module of a block gives the activations of each hook site.
+"""Where the blocks of a transformer are, and through which module of a block the activations of each hook site flow.
 
 Known families by attribute paths, others by structure; runs no model and loads none.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final, Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mistudio_schemas import ErrorCode, HookSite
 from mistudio_train.errors import ModelRefused, RequestRefused
@@ -16,19 +17,19 @@ from mistudio_train.errors import ModelRefused, RequestRefused
 @dataclass(frozen=True)
 class Family:
     """Attribute paths: of the list of blocks within the trunk, and within a block of the modules whose output is
-    exactly what the MLP, or the attention, adds to the residual stream.
+    exactly what the MLP, or the attention, adds to the residual stream, and of the one whose input is the MLP's.
     """
 
     blocks: str
-    mlp: str | None
-    """`None`: what there is adds the residual stream itself."""
-    attention: str | None
+    mlp: str
+    attention: str
+    mlp_in: str = "mlp"
 
 
 _LLAMA: Final = Family("layers", "mlp", "self_attn")
 _GEMMA2: Final = Family("layers", "post_feedforward_layernorm", "post_attention_layernorm")
-_BERT: Final = Family("encoder.layer", "output.dense", "attention.output.dense")
-_T5: Final = Family("encoder.block", "layer.1.DenseReluDense", "layer.0.SelfAttention")
+_BERT: Final = Family("encoder.layer", "output.dense", "attention.output.dense", "intermediate")
+_T5: Final = Family("encoder.block", "layer.1.DenseReluDense", "layer.0.SelfAttention", "layer.1.DenseReluDense")
 FAMILIES: Final[dict[str, Family]] = {
     "gpt2": Family("h", "mlp", "attn"),
     "gpt_neox": Family("layers", "mlp", "attention"),
@@ -39,23 +40,59 @@ FAMILIES: Final[dict[str, Family]] = {
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
     "phi": _LLAMA,
-    "bloom": Family("h", None, None),
-    "opt": Family("decoder.layers", "fc2", "self_attn"),
+    "bloom": Family("h", "mlp.dense_4h_to_h", "self_attention.dense"),
+    "opt": Family("decoder.layers", "fc2", "self_attn", "fc1"),
     "bert": _BERT,
     "roberta": _BERT,
     "xlm-roberta": _BERT,
-    "distilbert": Family("transformer.layer", "ffn", "attention"),
-    "mpnet": Family("encoder.layer", "output.dense", "attention.attn"),
+    "distilbert": Family("transformer.layer", "ffn", "attention", "ffn"),
+    "mpnet": Family("encoder.layer", "output.dense", "attention.attn", "intermediate"),
     "t5": _T5,
     "mt5": _T5,
 }
 UNREADABLE: Final = ("xlnet", "fsmt")
 """Families whose blocks put the sequence before the batch: rows would be those of other texts."""
-PLAIN_MLP: Final = ("mlp",)
-PLAIN_ATTENTION: Final = ("self_attn", "attn")
+PLAIN: Final[dict[HookSite, Sequence[str]]] = {
+    "mlp_in": ("mlp",),
+    "mlp_out": ("mlp",),
+    "attn_out": ("self_attn", "attn"),
+}
 """Children of a block of an unknown family that go by these names hold no residual connection themselves; `attention`
 is not among them, because in BERT's relatives it does.
 """
+Look = Callable[[Tensor], Tensor | None]
+"""Sees activations, and may give others that go on in their place."""
+
+
+@dataclass(frozen=True, eq=False)
+class Tap:
+    """Where the activations of a site can be seen, and replaced: on their way into a module, or out of it."""
+
+    module: nn.Module
+    side: Literal["in", "out"]
+
+    def hook(self, look: Look) -> RemovableHandle:
+        """Show them to `look` in every forward pass, until the handle is removed."""
+        if self.side == "out":
+            return self.module.register_forward_hook(lambda _module, _inputs, output: _with_first(output, look))
+        return self.module.register_forward_pre_hook(
+            lambda _module, args, kwargs: _with_input(args, kwargs, look), with_kwargs=True
+        )
+
+
+def _with_first(output: Any, look: Look) -> Any:
+    """What a module gives, its first tensor seen; `None`: as it was."""
+    is_alone = isinstance(output, Tensor)
+    others = look(output if is_alone else output[0])
+    return others if is_alone or others is None else (others, *output[1:])
+
+
+def _with_input(args: tuple[Any, ...], kwargs: dict[str, Any], look: Look) -> Any:
+    """What a module is called with, its first argument seen; `None`: as it was."""
+    others = look(args[0] if args else kwargs["hidden_states"])
+    if others is None:
+        return None
+    return ((others, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": others})
 
 
 def find_blocks(trunk: nn.Module, model_type: str, total_layers: int) -> nn.ModuleList:
@@ -86,30 +123,43 @@ def find_blocks(trunk: nn.Module, model_type: str, total_layers: int) -> nn.Modu
     )
 
 
-def hooked_module(block: nn.Module, model_type: str, hook_site: HookSite) -> nn.Module:
-    """The module of a block whose output is the hook site's.
+def tap(block: nn.Module, model_type: str, hook_site: HookSite) -> Tap:
+    """Where in a block the hook site's activations flow.
 
     Raises:
-        RequestRefused: `request.hook_site_unsupported`, if the block has no such module.
+        RequestRefused: `request.hook_site_unsupported`, if that cannot be told.
 
     """
-    if hook_site == "resid_post":
-        return block
+    if hook_site in ("resid_pre", "resid_post"):
+        return Tap(block, "in" if hook_site == "resid_pre" else "out")
     family = FAMILIES.get(model_type)
-    if family is not None:
-        path = family.mlp if hook_site == "mlp_out" else family.attention
-        paths: Sequence[str] = () if path is None else (path,)
-    else:
-        paths = PLAIN_MLP if hook_site == "mlp_out" else PLAIN_ATTENTION
+    paths = PLAIN[hook_site] if family is None else (_path(family, hook_site),)
     module = next((module for path in paths if (module := _at(block, path)) is not None), None)
     if module is None:
         children = ", ".join(name for name, _ in block.named_children())
         raise RequestRefused(
             f"The hook site {hook_site} cannot be told in a block of the '{model_type}' model (it has {children})",
-            "Use hook_site resid_post.",
+            "Use hook_site resid_pre or resid_post, the residual stream before or after the block.",
             ErrorCode.REQUEST_HOOK_SITE_UNSUPPORTED,
         )
-    return module
+    return Tap(module, "in" if hook_site == "mlp_in" else "out")
+
+
+def _path(family: Family, hook_site: HookSite) -> str:
+    match hook_site:
+        case "mlp_in":
+            return family.mlp_in
+        case "mlp_out":
+            return family.mlp
+        case _:
+            return family.attention
+
+
+def end_before(block: nn.Module) -> None:
+    """Free the weights of a block that is still to be reached, but not to be run."""
+    for module in block.modules():
+        for name, _ in list(module.named_parameters(recurse=False)):
+            setattr(module, name, None)
 
 
 def _outer_lists(trunk: nn.Module, length: int) -> dict[str, nn.ModuleList]:

@@ -55,6 +55,14 @@ class OrderedRows(Protocol):
         ...
 
 
+class Targets(Protocol):
+    """What a transcoder is to reconstruct of each row."""
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Of rows `start` to `stop`: fp32 [B, d_in]."""
+        ...
+
+
 class Evaluation:
     """One SAE on one site's rows.
 
@@ -63,6 +71,7 @@ class Evaluation:
         left_out: those of rows that the SAE is not judged by.
         device: where the SAE runs.
         on_progress: told the share of the rows that are done.
+        targets: the rows to be reconstructed; `None`: those themselves.
     """
 
     def __init__(
@@ -73,8 +82,10 @@ class Evaluation:
         left_out: int,
         device: torch.device,
         on_progress: Callable[[float], None],
+        targets: Targets | None = None,
     ) -> None:
         self._sae, self._rows, self._device = sae.to(device), rows, device
+        self._targets = targets
         self._flags, self._left_out = flags, left_out
         self._on_progress = on_progress
         self._rows_per_block = max(16, BLOCK_BYTES // (4 * sae.d_sae + 8 * FP64_COPIES * sae.d_in))
@@ -112,11 +123,16 @@ class Evaluation:
         return judged.metrics(final_loss).model_copy(update=figures)
 
     def blocks(self, *, count: bool = True) -> Iterator[tuple[RowFeatures, Tensor]]:
-        """The active features of every row, in order, and the rows, both on the CPU; `count` them for the figures."""
+        """The active features of every row, in order, and the rows, both on the CPU; `count` them for the figures.
+
+        Figures of reconstructions are of the targets; the rows are what is read.
+        """
         for start, x_BD in self._rows.blocks(self._rows_per_block):
             there_BD = x_BD.to(self._device)
             active, values = self._sae.encode_sparse(there_BD)
             if count:
+                if self._targets is not None:
+                    there_BD = self._targets.read(start, start + len(x_BD)).to(self._device)
                 x_hat_BD = self._sae.decode_sparse(active, values)
                 flags_B = _tensor(self._flags[start : start + len(x_BD)])
                 self._count(flags_B, there_BD, x_hat_BD, active, values)

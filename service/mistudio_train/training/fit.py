@@ -17,6 +17,7 @@ from torch import Tensor
 from mistudio_schemas import ErrorCode, SAEConfig
 from mistudio_train.errors import JobError, TrainingDiverged
 from mistudio_train.messages import LeftEarly
+from mistudio_train.sae.base import sides
 from mistudio_train.sae.build import build_sae, recipe_for, settled
 from mistudio_train.sae.figures import EpochFigures, StepFigures
 from mistudio_train.sae.folded import FoldedSAE
@@ -54,15 +55,15 @@ class Rows(Protocol):
 
     @property
     def d_in(self) -> int:
-        """Their width."""
+        """The width of what the SAE reads; of a transcoder's rows, which have what it predicts beside, the half."""
         ...
 
     def sample(self, count: int) -> Tensor:
-        """So many of them at most, from everywhere: [N, d_in], on the CPU, in any float type."""
+        """So many of them at most, from everywhere: [N, width], on the CPU, in any float type."""
         ...
 
     def batches(self, epoch: int, size: int, start: int = 0) -> Generator[Tensor]:
-        """An epoch's rows from the place `start` of its order on: [B, d_in] each."""
+        """An epoch's rows from the place `start` of its order on: [B, width] each."""
         ...
 
 
@@ -146,7 +147,7 @@ def fit(
     Args:
         config: of `TrainRequested.resolved_saes()`.
         rows: its activations.
-        held_out: some that it is not trained on, fp32 [N, d_in], by which it is judged on the way.
+        held_out: some that it is not trained on, fp32 [N, width], by which it is judged on the way.
         mean_pooled: whether a row is a text.
         device: to train on.
         reporter: in the phase `training`; its share is this SAE's.
@@ -219,12 +220,12 @@ class _Fitting:
     def _run_epoch(self) -> None:
         trainer = self._trainer
         with closing(self._rows.batches(trainer.epoch, trainer.recipe.batch_size, trainer.rows_done)) as batches:
-            for x_BD in batches:
+            for rows_BD in batches:
                 if self._ended_by_wish():
                     return
                 if trainer.is_over:
                     break
-                trainer.step(x_BD)
+                trainer.step(rows_BD)
                 self._watch.after_step()
                 if self._kept.due:
                     self._save()
@@ -349,9 +350,9 @@ def _judged(trainer: Trainer, held_out: Tensor) -> HeldOutFigures:
     """The SAE as it is now, on these rows."""
     sae = trainer.sae
     statistics = FeatureStatistics(sae.d_sae, sae.d_in, trainer.device)
-    for x_BD in held_out.split(max(1, JUDGED_AT_ONCE // (sae.d_sae + JUDGED_COPIES * sae.d_in))):  # type: ignore[no-untyped-call]
-        x_BD = x_BD.to(trainer.device)
+    for rows_BD in held_out.split(max(1, JUDGED_AT_ONCE // (sae.d_sae + JUDGED_COPIES * sae.d_in))):  # type: ignore[no-untyped-call]
+        x_BD, y_BD = sides(rows_BD.to(trainer.device), sae.d_in)
         acts_BF = sae.encode(x_BD)
-        statistics.update(x_BD, sae.decode(acts_BF), acts_BF)
+        statistics.update(x_BD if y_BD is None else y_BD, sae.decode(acts_BF), acts_BF)
     metrics = statistics.metrics()
     return HeldOutFigures(trainer.steps, metrics.fvu, metrics.l0, metrics.cosine)

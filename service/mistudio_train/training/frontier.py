@@ -12,7 +12,7 @@ from typing import Any, Final
 from mistudio_schemas import SAEResult
 
 FIGURES: Final = ("fvu", "explained_variance", "cosine", "l0", "dead_share", "never_active_share", "training_fvu")
-ABOUT: Final = ("name", "kind", "layer_number", "hook_site", "feature_count", "steps", "stop_reason")
+ABOUT: Final = ("name", "kind", "layer_number", "hook_site", "predicts", "feature_count", "steps", "stop_reason")
 LOSSES: Final = ("clean", "spliced", "zero", "mean", "recovered_zero", "recovered_mean")
 
 
@@ -56,7 +56,7 @@ def write_frontier(path: Path, results: Sequence[SAEResult]) -> None:
 
 
 def _label(result: SAEResult) -> str:
-    site = "" if result.hook_site == "resid_post" else f" {result.hook_site}"
+    site = "" if result.sites == "resid_post" else f" {result.sites}"
     return f"{result.kind}, layer {result.layer_number}{site}, {result.feature_count} latents"
 
 

@@ -5,8 +5,8 @@ Owns the transformers library's side of things; knows no corpus, no files of act
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from mistudio_schemas import ErrorCode
-from mistudio_train.errors import JobError, MemoryExhausted, ModelRefused
+from mistudio_train.errors import JobError, MemoryExhausted, ModelRefused, RequestRefused
 
-from .blocks import find_blocks, hooked_module
+from .blocks import Look, Tap, end_before, find_blocks, tap
 from .memory_plan import MemoryPlan
 from .model_source import ModelSource
 from .sites import Site
@@ -33,7 +33,6 @@ UNUSED: Final = ("pooler.",)
 """Parts of a trunk that come after the blocks; files without them will do."""
 NO_NEWS: Final = ("modeling_utils", "utils.loading_report", "distributed.tensor_parallel")
 """Of the library: reports of heads that nobody wants and of shards that nobody asked for. Missing weights we refuse."""
-Replace = Callable[[Tensor], Tensor]
 OUT_OF_MEMORY: Final = ("out of memory", "not enough memory", "can't allocate memory")
 
 
@@ -47,8 +46,8 @@ class LanguageModel:
     sites: tuple[Site, ...]
     device: torch.device
     dtype: torch.dtype
-    modules: dict[Site, nn.Module] = field(repr=False)
-    """The module whose output each site is."""
+    taps: dict[Site, Tap] = field(repr=False)
+    """Where each site's activations flow."""
     warnings: list[str] = field(default_factory=list)
     """What the requester should know of the loading."""
 
@@ -75,18 +74,47 @@ class LanguageModel:
 
         """
         caught: dict[Site, Tensor] = {}
-        handles = [
-            module.register_forward_hook(partial(_catch, site, caught, len(self.modules)))
-            for site, module in self.modules.items()
-        ]
-        try:
+        looks = {site: partial(_catch, site, caught, len(self.taps)) for site in self.taps}
+        with _hooked(self.taps, looks), suppress(_AllCaught):
             self.trunk(input_ids=ids_BT, attention_mask=mask_BT)
-        except _AllCaught:
-            pass
+        return {site: self._by_text(self._seen(site, caught), *ids_BT.shape) for site in self.sites}
+
+    @torch.inference_mode()
+    def module_of(self, site: Site) -> str | None:
+        """The path of the module whose output a site's activations are, the outermost one: its own, or where they are
+        what goes into one, that which they came out of; `None` where no module gives them as they are.
+        """
+        at = self.taps[site]
+        if at.side == "out":
+            paths: dict[nn.Module, str] = {module: path for path, module in self.trunk.named_modules()}
+            return paths[at.module]
+        given: list[tuple[str, Tensor]] = []  # kept, so that no other tensor takes the place of one in memory
+
+        def keep(path: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(first, Tensor):
+                given.append((path, first))
+
+        handles = [
+            module.register_forward_hook(partial(keep, path)) for path, module in self.trunk.named_modules() if path
+        ]
+        ids_BT = torch.full((1, 2), self.pad_id, device=self.device)
+        try:
+            acts = self.activations(ids_BT, torch.ones_like(ids_BT))[site]
         finally:
             for handle in handles:
                 handle.remove()
-        return {site: self._by_text(caught[site], *ids_BT.shape) for site in self.sites}
+        same = [path for path, x in given if (x.data_ptr(), x.numel()) == (acts.data_ptr(), acts.numel())]
+        return same[-1] if same else None
+
+    def _seen(self, site: Site, caught: dict[Site, Tensor]) -> Tensor:
+        if site not in caught:
+            raise RequestRefused(
+                f"{self.source.name} runs past the module that gives {site}",
+                "Use hook_site resid_pre or resid_post, the residual stream before or after the block.",
+                ErrorCode.REQUEST_HOOK_SITE_UNSUPPORTED,
+            )
+        return caught[site]
 
     def _by_text(self, acts: Tensor, batch: int, length: int) -> Tensor:
         """[B, T, d_in]; some families have one row a token inside their blocks."""
@@ -105,8 +133,8 @@ class HeadedModel:
     """A whole model, which predicts tokens with something else in the place of a site's activations."""
 
     model: Any = field(repr=False)
-    modules: dict[Site, nn.Module] = field(repr=False)
-    """The module whose output each site is."""
+    taps: dict[Site, Tap] = field(repr=False)
+    """Where each site's activations flow."""
     device: torch.device
     causal: bool
     """Whether it predicts each next token, or masked ones."""
@@ -118,26 +146,18 @@ class HeadedModel:
     """The token that stands for a masked one, if there is one."""
 
     @torch.inference_mode()
-    def logits(
-        self, ids_BT: Tensor, mask_BT: Tensor, site: Site | None = None, replace: Replace | None = None
-    ) -> Tensor:
+    def logits(self, ids_BT: Tensor, mask_BT: Tensor, looks: Mapping[Site, Look] | None = None) -> Tensor:
         """Predictions [B, T, vocabulary].
 
         Args:
             ids_BT: int64, padded on the right, on the device.
             mask_BT: int64, 1 for tokens.
-            site: where activations are replaced.
-            replace: gives for the site's activations, [B · T, d_in] in the model's precision, others.
+            looks: see a site's activations, [B · T, d_in] in the model's precision, and may give others instead.
 
         """
-        if site is None or replace is None:
+        with _hooked(self.taps, {site: partial(_by_row, look) for site, look in (looks or {}).items()}):
             found: Tensor = self.model(input_ids=ids_BT, attention_mask=mask_BT).logits
-            return found
-        handle = self.modules[site].register_forward_hook(partial(_replaced, replace))
-        try:
-            return self.logits(ids_BT, mask_BT)
-        finally:
-            handle.remove()
+        return found
 
 
 def _pad_id(source: ModelSource, tokenizer: Any) -> int:
@@ -148,18 +168,26 @@ def _pad_id(source: ModelSource, tokenizer: Any) -> int:
     return 0
 
 
-def _replaced(replace: Replace, _module: nn.Module, _inputs: Any, output: Any) -> Any:
-    acts = output if isinstance(output, Tensor) else output[0]
-    others = replace(acts.reshape(-1, acts.shape[-1])).reshape(acts.shape).to(acts.dtype)
-    return others if isinstance(output, Tensor) else (others, *output[1:])
+@contextmanager
+def _hooked(taps: Mapping[Site, Tap], looks: Mapping[Site, Look]) -> Iterator[None]:
+    """Forward passes that these look at."""
+    with ExitStack() as stack:
+        for site, look in looks.items():
+            stack.callback(taps[site].hook(look).remove)
+        yield
+
+
+def _by_row(look: Look, acts: Tensor) -> Tensor | None:
+    others = look(acts.reshape(-1, acts.shape[-1]))
+    return None if others is None else others.reshape(acts.shape).to(acts.dtype)
 
 
 class _AllCaught(Exception):
     """Every site has been seen."""
 
 
-def _catch(site: Site, caught: dict[Site, Tensor], wanted: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
-    caught[site] = output if isinstance(output, Tensor) else output[0]
+def _catch(site: Site, caught: dict[Site, Tensor], wanted: int, acts: Tensor) -> None:
+    caught[site] = acts
     if len(caught) == wanted:
         raise _AllCaught
 
@@ -187,11 +215,11 @@ def load(
         trunk, warnings = _planned(partial(_trunk, source, folder), plan, allow_unsafe)
     _freeze(trunk)
     blocks = find_blocks(trunk, source.architecture, source.total_layers)
-    modules = {site: hooked_module(blocks[site.layer], source.architecture, site.hook_site) for site in sites}
-    del blocks[max(site.layer for site in sites) + 1 :]
+    taps = {site: tap(blocks[site.layer], source.architecture, site.hook_site) for site in sites}
+    _cut(blocks, sites)
     dtype = next(weight.dtype for weight in trunk.parameters() if weight.is_floating_point())
     device = torch.device(plan.device)
-    return LanguageModel(trunk, tokenizer, source, tuple(sites), device, dtype, modules, warnings)
+    return LanguageModel(trunk, tokenizer, source, tuple(sites), device, dtype, taps, warnings)
 
 
 def load_with_head(
@@ -215,16 +243,24 @@ def load_with_head(
         model, _ = _planned(partial(_headed, source, folder), plan, allow_unsafe)
     _freeze(model)
     blocks = find_blocks(model.base_model, source.architecture, source.total_layers)
-    modules = {site: hooked_module(blocks[site.layer], source.architecture, site.hook_site) for site in sites}
+    taps = {site: tap(blocks[site.layer], source.architecture, site.hook_site) for site in sites}
     return HeadedModel(
         model,
-        modules,
+        taps,
         torch.device(plan.device),
         is_causal(source.architecture),
         source.vocab_size,
         _pad_id(source, tokenizer),
         tokenizer.mask_token_id,
     )
+
+
+def _cut(blocks: nn.ModuleList, sites: Sequence[Site]) -> None:
+    """Free what lies behind the deepest site: later blocks, and the one that it is what goes into."""
+    deepest = max(site.layer for site in sites)
+    del blocks[deepest + 1 :]
+    if max(site.blocks for site in sites) <= deepest:
+        end_before(blocks[deepest])
 
 
 def is_causal(architecture: str) -> bool:

@@ -69,6 +69,10 @@ COPIES_CPU: Final = {
 latents active hold dense matrices then, and as many again in pieces that the C library keeps for the next step."""
 
 
+TARGET_COPIES: Final = 6
+"""[batch, d_in], of a transcoder: four batches that are made ahead, the one of the step, and scaled."""
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """How the job is to be run."""
@@ -115,12 +119,12 @@ def plan_memory(source: ModelSource, spec: JobSpec, device: Device | None = None
     length = source.sequence_limit(spec.request.max_sequence_length)
     dtype = _dtype(spec.request.dtype, device.gpu)
     shapes = trunk_shapes(source, spec.token)
-    deepest = max(site.layer for site in resolve_sites(spec.request, source.total_layers).distinct)
+    blocks = max(site.blocks for site in resolve_sites(spec.request, source.total_layers).distinct)
     per_token = bytes_per_token(source, dtype, length)
     sae_bytes = saes_bytes(source.d_in, spec, on_cpu=device.gpu is None)
     room = device.available_bytes - device.overhead
     quantization = _quantization(spec.request.quantization, device, shapes, dtype, room - length * per_token)
-    kept_bytes = weight_bytes(up_to(deepest, shapes), dtype, quantization)
+    kept_bytes = weight_bytes(first_blocks(blocks, shapes), dtype, quantization)
     model_bytes = kept_bytes if _is_mapped(source, device, dtype) else weight_bytes(shapes, dtype, quantization)
     needed = max(model_bytes, kept_bytes + length * per_token, sae_bytes)
     if needed > room:
@@ -151,10 +155,10 @@ def trunk_shapes(source: ModelSource, token: str | None = None) -> dict[str, tup
     return {name: shape for name, shape in shapes.items() if not name.startswith(skipped)}
 
 
-def up_to(layer: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Without the blocks behind a layer: a block's weights have its number as the first one in their names."""
+def first_blocks(count: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Without the other blocks: a block's weights have its number as the first one in their names."""
     numbers = {name: re.search(r"(?:^|\.)(\d+)\.", name) for name in shapes}
-    return {name: shapes[name] for name, number in numbers.items() if number is None or int(number[1]) <= layer}
+    return {name: shapes[name] for name, number in numbers.items() if number is None or int(number[1]) < count}
 
 
 def _is_mapped(source: ModelSource, device: Device, dtype: Dtype) -> bool:
@@ -208,15 +212,17 @@ def _buffer_bytes(d_in: int, spec: JobSpec) -> int:
     request, most = spec.request, 2 * spec.request.shuffle_bytes
     packed = request.corpus_file.lower().endswith((".gz", ".parquet"))
     tokens = most if packed else spec.corpus.stat().st_size if spec.corpus.exists() else 0
-    return min(most, 4 * d_in * min(tokens, request.token_budget or tokens))
+    sites = 1 + any(sae.predicts for sae in request.resolved_saes())
+    return min(most, 4 * sites * d_in * min(tokens, request.token_budget or tokens))
 
 
 def sae_training_bytes(sae: SAEConfig, d_in: int, d_sae: int, batch_size: int, *, on_cpu: bool) -> int:
-    """Bytes of an SAE in training."""
+    """Bytes of an SAE in training; a transcoder's rows are twice as wide, and it holds some of both halves."""
+    targets = 0 if sae.predicts is None else 4 * TARGET_COPIES * batch_size * d_in
     if not on_cpu:
-        return COPIES_GPU.bytes(d_in, d_sae, batch_size)
+        return COPIES_GPU.bytes(d_in, d_sae, batch_size) + targets
     kind = "decoder_norm" if isinstance(sae, StandardSAE) and sae.penalty == "decoder_norm" else sae.kind
-    return STEP_BYTES + COPIES_CPU[kind].bytes(d_in, d_sae, batch_size)
+    return STEP_BYTES + COPIES_CPU[kind].bytes(d_in, d_sae, batch_size) + targets
 
 
 def _dtype(asked: str, gpu: Gpu | None) -> Dtype:

@@ -31,6 +31,7 @@ def write_model_file(
     config: Mapping[str, object],
     training_stats: Mapping[str, object],
     sparsity_coeff: float | None,
+    predicts: str | None = None,
     model_info: Mapping[str, object],
     memory_optimizations: Mapping[str, object],
 ) -> None:
@@ -42,6 +43,7 @@ def write_model_file(
         config: the request's and the SAE's settings, resolved, without a token.
         training_stats: with `losses`, `sparsity_levels` and `reconstruction_errors`, one a logged epoch or step.
         sparsity_coeff: `None` for a kind without one.
+        predicts: the hook site whose rows `decoder(features)` gives, where these are not x.
         model_info: the contract's `ModelInfo`, as a dict.
         memory_optimizations: what the memory plan recommends and does.
 
@@ -65,6 +67,12 @@ def write_model_file(
         "kind": sae.kind,
         "k": sae.k,
         "needs": sae.needs,
+        "predicts": predicts,
+        "decoder_gives": (
+            "x, the rows that the encoder reads"
+            if predicts is None
+            else f"the rows of {predicts} of the same block and tokens, not x: this is a transcoder"
+        ),
     }
     require(training_stats, STATS, "training_stats")
     require(memory_optimizations, MEMORY_OPTIMIZATIONS, "memory_optimizations")

@@ -16,6 +16,7 @@ from mistudio_train import __version__
 from mistudio_train.messages import Finished, Lease, LeftEarly
 
 from . import advice
+from .activations import ActivationStore
 from .bundle_limits import refuse_hopeless
 from .checkpoints import Checkpoints
 from .extract import Extraction, extract
@@ -26,7 +27,7 @@ from .results import Context
 from .run import Accepted
 from .saelens import Origin
 from .selection import MOST_LEFT_OUT, Selection, hold_out, select
-from .sites import Site
+from .sites import Ends
 from .sweep import free, make_saes
 from .tokens import frame_of
 from .wanted import Wanted
@@ -53,7 +54,7 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
         reporter.warn(warning)
     model = _load(job, reporter)
     extraction = _extract(job, model, checkpoints, reporter)
-    origins = {site: _origin(model, site, spec.request, extraction.length) for site in model.sites}
+    origins = {ends: _origin(model, ends, spec.request, extraction.length) for ends in job.sites.of_saes}
     tokenizer = model.tokenizer
     del model  # its memory is the SAEs' now
     free(job.plan)
@@ -70,8 +71,8 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
     refuse_hopeless(spec, extraction.corpus.texts, job.source.d_in)  # a token budget may have left too few
     selections = _select(context, job, extraction, reporter)
     wanted = [
-        Wanted(position, config, site, extraction.stores[site], selections[site], origins[site])
-        for position, (config, site) in enumerate(zip(spec.request.resolved_saes(), job.sites.of_saes, strict=True))
+        Wanted(position, config, ends, _stores(extraction, ends), selections[ends], origins[ends])
+        for position, (config, ends) in enumerate(zip(spec.request.resolved_saes(), job.sites.of_saes, strict=True))
     ]
     sweep = make_saes(wanted, context, job, extraction.tokens, checkpoints, reporter)
     primary = sweep.written[0]
@@ -159,8 +160,12 @@ def _extract(job: Accepted, model: LanguageModel, checkpoints: Checkpoints, repo
     return extraction
 
 
-def _select(context: Context, job: Accepted, extraction: Extraction, reporter: Reporter) -> dict[Site, Selection]:
-    """What each row is, at each site."""
+def _stores(extraction: Extraction, ends: Ends) -> tuple[ActivationStore, ...]:
+    return tuple(extraction.stores[site] for site in ends.sites)
+
+
+def _select(context: Context, job: Accepted, extraction: Extraction, reporter: Reporter) -> dict[Ends, Selection]:
+    """What each row is, at each site that is reconstructed from itself or another."""
     request, scratch = job.spec.request, job.spec.scratch
     held_out = hold_out(context.texts, extraction.tokens, request.held_out_share)
     if request.held_out_share and not held_out.any():
@@ -172,40 +177,42 @@ def _select(context: Context, job: Accepted, extraction: Extraction, reporter: R
             reporter.say(done)
 
     selections = {}
-    for site, store in extraction.stores.items():
-        path = scratch / f"rows-{site}.bin"
-        selections[site] = select(store, extraction.tokens, held_out, request, path, on_progress)
-        _warn_of_rows(selections[site], site, request, reporter)
+    for ends in dict.fromkeys(job.sites.of_saes):
+        stores, path = _stores(extraction, ends), scratch / f"rows-{ends}.bin"
+        selections[ends] = select(stores, extraction.tokens, held_out, request, path, on_progress)
+        _warn_of_rows(selections[ends], ends, request, reporter)
         if context.mean_pooled:
-            for sentence in advice.on_rows(store, lambda text: len(context.texts[text])):
-                reporter.warn(f"{site}: {sentence}")
+            for sentence in advice.on_rows(stores[0], lambda text: len(context.texts[text])):
+                reporter.warn(f"{ends}: {sentence}")
     return selections
 
 
-def _warn_of_rows(selection: Selection, site: Site, request: TrainRequested, reporter: Reporter) -> None:
+def _warn_of_rows(selection: Selection, ends: Ends, request: TrainRequested, reporter: Reporter) -> None:
     rows = selection.counts
     if request.left_out and not rows.left_out and rows.first_token + rows.high_norm > MOST_LEFT_OUT * rows.total:
         reporter.warn(
-            f"{site}: {rows.first_token} of {rows.total} rows are first tokens and {rows.high_norm} have a high norm, "
+            f"{ends}: {rows.first_token} of {rows.total} rows are first tokens and {rows.high_norm} have a high norm, "
             "so many that none was left out"
         )
 
 
-def _origin(model: LanguageModel, site: Site, request: TrainRequested, length: int) -> Origin:
-    """The site by the path of its module, as SAELens names places in a Hugging Face model."""
-    path = next(name for name, module in model.trunk.named_modules() if module is model.modules[site])
+def _origin(model: LanguageModel, ends: Ends, request: TrainRequested, length: int) -> Origin:
+    """The sites by the paths of the modules that give them, as SAELens names places in a Hugging Face model."""
     causal = is_causal(model.source.architecture)
-    prefix: Any = getattr(model.trunk, "base_model_prefix", "")
+    prefix: Any = getattr(model.trunk, "base_model_prefix", "") if causal else ""
+    names = [f"{prefix}.{path}" if path and prefix else path for path in map(model.module_of, ends.sites)]
     return Origin(
         model_name=request.model_name,
         model_class_name="AutoModelForCausalLM" if causal else "AutoModel",
-        hook_name=f"{prefix}.{path}" if causal and prefix else path,
-        layer=site.layer,
-        hook_site=site.hook_site,
+        hook_name=names[0],
+        layer=ends.read.layer,
+        hook_site=ends.read.hook_site,
         context_size=length,
         prepend_bos=bool(frame_of(model.tokenizer).before),
         exclude_special_tokens=not request.include_special_tokens,
         dataset_path=request.corpus_file,
         pooling=request.pooling,
         model_revision=model.source.commit,
+        predicts=None if ends.predicted is None else ends.predicted.hook_site,
+        hook_name_out=None if ends.predicted is None else names[1],
     )

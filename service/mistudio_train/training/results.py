@@ -28,7 +28,7 @@ from .metadata import Described, Paths, metadata
 from .model_file import write_model_file
 from .report.report import Material
 from .reporter import Reporter
-from .saelens import Origin, write_saelens
+from .saelens import Origin, saelens_cannot, write_saelens
 from .sparsify import sparsify_cannot, write_sparsify
 from .text_rows import one_row_a_text
 from .texts import Texts
@@ -113,7 +113,7 @@ def write_result(
         DiskFull: if the disk has no room.
     """
     wanted, fitted = trained.wanted, trained.fitted
-    name, rows, selection, origin = wanted.config.name, wanted.store, wanted.selection, wanted.origin
+    name, rows, selection, origin = wanted.config.name, wanted.stores[0], wanted.selection, wanted.origin
     middle = (share[0] + share[1]) / 2
     folder = context.spec.output / place
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,9 @@ def write_result(
             reporter.say(done)
 
     reporter.enter("evaluating", f"evaluating {name}", (share[0], middle), name)
-    evaluation = Evaluation(fitted.sae, rows, selection.flags, selection.left_out, context.device, on_progress)
+    evaluation = Evaluation(
+        fitted.sae, rows, selection.flags, selection.left_out, context.device, on_progress, wanted.targets
+    )
     bundle, features = _write_rows(context, fitted, evaluation, folder, origin)
     reporter.enter("exporting", f"writing the files of {name}", (middle, share[1]), name)
     _warn_of_truncation(reporter, wanted.config, bundle, features)
@@ -134,11 +136,14 @@ def write_result(
         active_rows_F = (rates_F * rows.rows).round().long().numpy()
         for sentence in advice.on_result(result.name, rows.rows, fitted.sae.d_sae, result.metrics, active_rows_F):
             reporter.warn(sentence)
-    write_saelens(folder / "sae", fitted.sae, origin, rates_F)
+    if saelens_cannot(fitted.sae, origin) is None:
+        write_saelens(folder / "sae", fitted.sae, origin, rates_F)
     if sparsify_cannot(fitted.sae) is None:
-        write_sparsify(folder / "sparsify", fitted.sae)
+        write_sparsify(folder / "sparsify", fitted.sae, transcodes=origin.predicts is not None)
     _write_model(context, fitted, folder, origin)
-    write_json(folder / "metadata.json", metadata(_described(context, fitted, result, statistics, bundle, features)))
+    write_json(
+        folder / "metadata.json", metadata(_described(context, fitted, origin, result, statistics, bundle, features))
+    )
     return Written(result, bundle, _training_results(fitted, context) | _seconds(fitted))
 
 
@@ -224,6 +229,7 @@ def _write_model(context: Context, fitted: Fitted, folder: Path, origin: Origin)
         config=asked | settings,
         training_stats=_training_results(fitted, context),
         sparsity_coeff=settings["sparsity_coeff"],
+        predicts=origin.predicts,
         model_info=_info(context, origin.layer).model_dump(mode="json"),
         # what was free is of that moment, and the same request and seed give the same bytes
         memory_optimizations={k: v for k, v in context.memory_optimizations.items() if k != "available_bytes"},
@@ -233,6 +239,7 @@ def _write_model(context: Context, fitted: Fitted, folder: Path, origin: Origin)
 def _described(
     context: Context,
     fitted: Fitted,
+    origin: Origin,
     result: SAEResult,
     statistics: dict[str, Any],
     bundle: BundleInfo,
@@ -256,7 +263,10 @@ def _described(
         memory_optimizations=context.memory_optimizations,
         paths=_paths(result.prefix),
         training_results=_training_results(fitted, context) | _seconds(fitted),
-        exports={"sae": "SAELens", "sparsify": sparsify_cannot(fitted.sae) or "EleutherAI sparsify"},
+        exports={
+            "sae": saelens_cannot(fitted.sae, origin) or "SAELens",
+            "sparsify": sparsify_cannot(fitted.sae) or "EleutherAI sparsify",
+        },
         decisions=DECISIONS | _reinitialization(fitted),
     )
 
@@ -272,6 +282,7 @@ def _result(context: Context, trained: Trained, metrics: SAEMetrics, place: str)
         kind=config.kind,
         layer_number=origin.layer,
         hook_site=origin.hook_site,
+        predicts=origin.predicts,
         input_dim=fitted.sae.d_in,
         feature_count=fitted.sae.d_sae,
         epochs_trained=len(fitted.epochs),

@@ -16,7 +16,7 @@ from .files import refused, write_json, write_tensors
 
 SAE_LENS_VERSION: Final = "6.54.12"
 """Whose format this is; without it SAELens takes a folder for one of its older formats."""
-ARCHITECTURES: Final = ("standard", "topk", "jumprelu")
+ARCHITECTURES: Final = ("standard", "topk", "jumprelu", "transcoder", "jumprelu_transcoder")
 NEVER_FIRES: Final = 1e-10
 """Added to firing rates before their logarithm, as SAELens does."""
 
@@ -28,13 +28,16 @@ class Origin:
     SAELens names a place in a Hugging Face model by the path of the module whose output it is, seen from an
     `AutoModelForCausalLM`: `model.layers.9`, `transformer.h.5`. That is the class's `base_model_prefix`, a dot, and
     the path inside the bare model. An encoder has no causal head: `AutoModel` and the path inside the bare model,
-    `encoder.layer.5`, which SAELens does not run itself but carries along.
+    `encoder.layer.5`, which SAELens does not run itself but carries along. What goes into a block or an MLP is named by
+    the module that gave it: `model.layers.8`, `model.layers.9.post_attention_layernorm`. (Where others read that, too,
+    as in parallel blocks and encoders, SAELens' splice is not ours, which changes what the MLP reads and nothing else.)
     """
 
     model_name: str
     model_class_name: str
     """`AutoModelForCausalLM` or `AutoModel`."""
-    hook_name: str
+    hook_name: str | None
+    """`None` where no module gives the activations as they are."""
     layer: int
     hook_site: str
     context_size: int
@@ -48,6 +51,18 @@ class Origin:
     pooling: str
     """`mean`: trained on means over texts, not on tokens as SAELens expects. `token`: as SAELens expects."""
     model_revision: str | None = None
+    predicts: str | None = None
+    """The hook site that a transcoder reconstructs."""
+    hook_name_out: str | None = None
+    """And its name."""
+
+
+def saelens_cannot(sae: FoldedSAE, origin: Origin) -> str | None:
+    """Why SAELens has no words for this SAE; `None` if it has: of transcoders it knows those that end in a ReLU."""
+    architecture = _architecture(sae, origin)
+    if architecture in ARCHITECTURES:
+        return None
+    return f"SAELens has no architecture for the kind {sae.kind!r}" + (" of a transcoder" if origin.predicts else "")
 
 
 def write_saelens(folder: Path, sae: FoldedSAE, origin: Origin, firing_rate_F: Tensor) -> None:
@@ -64,8 +79,8 @@ def write_saelens(folder: Path, sae: FoldedSAE, origin: Origin, firing_rate_F: T
         DiskFull: if the disk has no room.
 
     """
-    if _architecture(sae) not in ARCHITECTURES:
-        raise refused(f"SAELens has no architecture for the kind {sae.kind!r}")
+    if reason := saelens_cannot(sae, origin):
+        raise refused(reason)
     if firing_rate_F.shape != (sae.d_sae,):
         raise refused(f"there are firing rates of shape {list(firing_rate_F.shape)} for {sae.d_sae} features")
     weights = {
@@ -82,15 +97,18 @@ def write_saelens(folder: Path, sae: FoldedSAE, origin: Origin, firing_rate_F: T
     write_json(folder / "cfg.json", _cfg(sae, origin))
 
 
-def _architecture(sae: FoldedSAE) -> str:
+def _architecture(sae: FoldedSAE, origin: Origin) -> str:
     """Whatever an SAE with a threshold was trained as, it is a JumpReLU SAE now."""
-    return "jumprelu" if sae.threshold is not None else sae.kind
+    architecture = "jumprelu" if sae.threshold is not None else sae.kind
+    if origin.predicts is None:
+        return architecture
+    return "transcoder" if architecture == "standard" else f"{architecture}_transcoder"
 
 
 def _cfg(sae: FoldedSAE, origin: Origin) -> dict[str, object]:
     """`apply_b_dec_to_input` and every scaling are off: they are folded into the weights."""
     cfg: dict[str, object] = {
-        "architecture": _architecture(sae),
+        "architecture": _architecture(sae, origin),
         "d_in": sae.d_in,
         "d_sae": sae.d_sae,
         "dtype": "float32",
@@ -100,14 +118,22 @@ def _cfg(sae: FoldedSAE, origin: Origin) -> dict[str, object]:
         "reshape_activations": "none",
         "metadata": _metadata(origin),
     }
+    if origin.predicts is not None:
+        cfg |= {"d_out": sae.d_in}
     if sae.kind == "topk":
         cfg |= {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     return cfg
 
 
 def _metadata(origin: Origin) -> dict[str, object]:
-    lens_name = f"blocks.{origin.layer}.hook_resid_post" if origin.hook_site == "resid_post" else None
-    return {
+    is_residual = origin.hook_site in ("resid_pre", "resid_post")
+    lens_name = f"blocks.{origin.layer}.hook_{origin.hook_site}" if is_residual else None
+    predicted: dict[str, object] = {
+        "hook_name_out": origin.hook_name_out,
+        "hook_layer_out": origin.layer,
+        "predicts": origin.predicts,
+    }
+    metadata: dict[str, object] = {
         "sae_lens_version": SAE_LENS_VERSION,
         "sae_lens_training_version": None,
         "trained_by": "miStudioTrain",
@@ -125,3 +151,4 @@ def _metadata(origin: Origin) -> dict[str, object]:
         "dataset_path": origin.dataset_path,
         "pooling": origin.pooling,
     }
+    return metadata if origin.predicts is None else metadata | predicted

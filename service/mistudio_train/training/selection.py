@@ -1,11 +1,11 @@
-"""Which rows of a site are trained on, which are held out, and which are left out of both.
+"""Which rows of a site, or of two, are trained on, which are held out, and which are left out of both.
 
 Held out are whole texts, so that no neighbour of a row that is judged was trained on. Left out are attention sinks:
 rows of a norm so large that they would be most of what the SAE learns. Reads norms and decides; changes no row.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -56,7 +56,7 @@ class Selection:
     """The bits of rows that no SAE is trained on nor judged by."""
     counts: RowsInfo
     mean_D: Tensor | None = None  # noqa: N815
-    """Of the training rows, fp32 [d_in]; `None` where a row is a whole text."""
+    """Of the training rows of what is reconstructed, fp32 [d_in]; `None` where a row is a whole text."""
 
     def training(self, start: int, stop: int) -> NDArray[np.bool_]:
         """Which of the rows `start` to `stop` are trained on."""
@@ -114,7 +114,7 @@ def hold_out(texts: Texts, tokens: Tokens, share: float) -> NDArray[np.bool_]:
 
 
 def select(
-    store: ActivationStore,
+    stores: Sequence[ActivationStore],
     tokens: Tokens,
     held_out_texts: NDArray[np.bool_],
     request: TrainRequested,
@@ -124,7 +124,8 @@ def select(
     """Say of each row what it is, in a file at `path`.
 
     Args:
-        store: a site's rows.
+        stores: the rows of what is read, and after them of what is reconstructed if that is another site. A norm counts
+            as high if it is at any of them.
         tokens: how they came about.
         held_out_texts: of `hold_out`.
         request: says what is left out.
@@ -132,8 +133,8 @@ def select(
         on_progress: told the share that is done.
     """
     token_rows = request.pooling == "token"
-    median = _median_norm(store) if token_rows else None
-    limit = float("inf") if median is None else request.high_norm_ratio * median
+    medians = [_median_norm(store) if token_rows else None for store in stores]
+    store = stores[-1]
     first_tokens = _first_tokens(tokens) if token_rows else np.empty(0, np.int64)
     counts = dict.fromkeys(range(8), 0)
     sums = torch.zeros(8, store.d_in, dtype=torch.float64)
@@ -144,17 +145,18 @@ def select(
             first, last = np.searchsorted(first_tokens, (start, stop))
             flags[first_tokens[first:last] - start] |= FIRST_TOKEN
             if token_rows:
-                rows_ND = store.read(start, stop)
-                flags |= (_norms(rows_ND) > limit).astype(np.uint8) * HIGH_NORM
+                for one, median in zip(stores, medians, strict=True):
+                    rows_ND = one.read(start, stop)
+                    flags |= (_norms(rows_ND) > request.high_norm_ratio * (median or 0)).astype(np.uint8) * HIGH_NORM
                 sums.index_add_(0, torch.from_numpy(flags.astype(np.int64)), rows_ND.double())
             writer.append(flags)
             for kind, number in enumerate(np.bincount(flags, minlength=8).tolist()):
                 counts[kind] += number
             on_progress(stop / store.rows)
     left_out = sum(REASONS[reason] for reason in request.left_out) if token_rows else 0
-    info = _counted(counts, left_out, median)
+    info = _counted(counts, left_out, medians[-1])
     if info.left_out > MOST_LEFT_OUT * store.rows or not info.training:
-        left_out, info = 0, _counted(counts, 0, median)
+        left_out, info = 0, _counted(counts, 0, medians[-1])
     trained_on = [bits for bits in counts if not bits & (HELD_OUT | left_out)]
     mean_D = (sums[trained_on].sum(0) / max(1, info.training)).float() if token_rows else None
     return Selection(ArrayFile(path, np.uint8), left_out, info, mean_D)

@@ -1,5 +1,7 @@
 """The rows that an SAE is trained on, in another order every epoch, through a buffer of bounded size.
 
+The rows of several sites lie side by side in one: a transcoder's, what it reads and then what it reconstructs.
+
 Blocks of a few neighbouring rows come in a random order; as many as the buffer holds are mixed row by row. A batch
 thus has rows of texts from everywhere, the disk is read in pieces that are worth it, and any place of the order can
 be gone to without what lies before it. Reads ahead on threads; the order does not depend on them.
@@ -31,21 +33,22 @@ Rows = NDArray[Any]
 
 
 class ShuffledRows:
-    """The training rows of a store.
+    """The training rows of a store, or of several of the same rows.
 
     Args:
-        store: of one site.
-        selection: which of its rows to train on.
+        stores: one a site, of rows of the same numbers, type and width.
+        selection: which of the rows to train on.
         seed: with the epoch's number it fixes the order.
         buffer_bytes: of one buffer; two are held, or the whole of rows that fit into one.
 
     """
 
-    def __init__(self, store: ActivationStore, selection: Selection, *, seed: int, buffer_bytes: int) -> None:
-        self._store, self._selection, self._seed = store, selection, seed
-        row_bytes = store.layout.row_bytes
-        self._block_rows = max(1, BLOCK_BYTES // row_bytes)
-        self._blocks = -(-store.rows // self._block_rows)
+    def __init__(self, *stores: ActivationStore, selection: Selection, seed: int, buffer_bytes: int) -> None:
+        self._stores, self._selection, self._seed = stores, selection, seed
+        self._layout = stores[0].layout
+        row_bytes = self._row.itemsize
+        self._block_rows = max(1, BLOCK_BYTES // self._layout.row_bytes)
+        self._blocks = -(-self._layout.rows // self._block_rows)
         self._blocks_a_chunk = max(1, buffer_bytes // (self._block_rows * row_bytes))
         self._rows_of_block = selection.training_per_block(self._block_rows)
         self._whole: Rows | None = None
@@ -60,8 +63,8 @@ class ShuffledRows:
 
     @property
     def d_in(self) -> int:
-        """Width of a row."""
-        return self._store.d_in
+        """Width of a site's row."""
+        return self._layout.d_in
 
     def sample(self, count: int) -> Tensor:
         """The first rows of the first epoch, in the store's precision; fewer if the buffer holds fewer."""
@@ -69,7 +72,7 @@ class ShuffledRows:
         return self._tensor(chunk[np.sort(RowOrder(len(chunk), (self._seed, 0, number)).at(0, count))])
 
     def batches(self, epoch: int, size: int, start: int = 0) -> Generator[Tensor]:
-        """The epoch's rows from the place `start` on, `size` at a time: [B, d_in], in the store's precision.
+        """The epoch's rows from the place `start` on, `size` at a time: [B, sites · d_in], in the stores' precision.
 
         The last batch may be smaller. A batch is gone when the next one is asked for: its memory is used again. Close
         the generator if it is not used up.
@@ -121,22 +124,28 @@ class ShuffledRows:
 
     def _read(self, blocks: NDArray[np.int64], rows: Rows) -> Rows:
         """Fill the beginning of `rows` with the training rows of these blocks."""
-        block, filled = np.empty(self._block_rows, self._row), 0
+        block, filled = np.empty(self._block_rows, (np.void, self._layout.row_bytes)), 0
         for start in (blocks * self._block_rows).tolist():
-            stop = min(start + self._block_rows, self._store.rows)
-            self._store.read_into(block[: stop - start].view(np.uint8).data, start, stop)
-            kept = block[: stop - start][self._selection.training(start, stop)]
-            rows[filled : filled + len(kept)] = kept
-            filled += len(kept)
+            stop = min(start + self._block_rows, self._layout.rows)
+            training = self._selection.training(start, stop)
+            count = int(training.sum())
+            for store, site in zip(self._stores, self._sites, strict=True):
+                store.read_into(block[: stop - start].view(np.uint8).data, start, stop)
+                rows[site][filled : filled + count] = block[: stop - start][training]
+            filled += count
         return rows[:filled]
 
     def _empty(self, rows: int) -> Rows:
         return np.empty(rows, self._row)
 
     @property
+    def _sites(self) -> list[str]:
+        return [str(number) for number in range(len(self._stores))]
+
+    @property
     def _row(self) -> np.dtype[np.void]:
-        return np.dtype((np.void, self._store.layout.row_bytes))
+        return np.dtype([(site, (np.void, self._layout.row_bytes)) for site in self._sites])
 
     def _tensor(self, rows: Rows) -> Tensor:
         flat = torch.from_numpy(rows.view(np.uint8))
-        return flat.view(self._store.layout.dtype).view(len(rows), self.d_in)
+        return flat.view(self._layout.dtype).view(len(rows), len(self._stores) * self.d_in)

@@ -17,14 +17,15 @@ def sparsify_cannot(sae: FoldedSAE) -> str | None:
     return f"sparsify keeps the k largest latents of a row, and {sae.kind!r} keeps others"
 
 
-def write_sparsify(folder: Path, sae: FoldedSAE) -> None:
+def write_sparsify(folder: Path, sae: FoldedSAE, *, transcodes: bool = False) -> None:
     """Write the folder that `SparseCoder.load_from_disk` reads.
 
-    sparsify encodes x - b_dec, so W_enc b_dec goes into the encoder's bias.
+    sparsify encodes x - b_dec, so W_enc b_dec goes into the encoder's bias; of a transcoder it encodes x.
 
     Args:
         folder: is made if missing.
         sae: folded.
+        transcodes: whether what it reconstructs is not what it reads.
 
     Raises:
         ExportRefused: if sparsify cannot express it, or a number is not finite.
@@ -33,10 +34,12 @@ def write_sparsify(folder: Path, sae: FoldedSAE) -> None:
     """
     if reason := sparsify_cannot(sae):
         raise refused(reason)
-    weight_FD, centre_D = sae.encoder_weight.double(), sae.decoder_bias.double()
+    bias_F = sae.encoder_bias
+    if not transcodes:
+        bias_F = (bias_F.double() + sae.encoder_weight.double() @ sae.decoder_bias.double()).float()
     tensors = {
         "encoder.weight": sae.encoder_weight,
-        "encoder.bias": (sae.encoder_bias.double() + weight_FD @ centre_D).float(),
+        "encoder.bias": bias_F,
         "W_dec": sae.decoder_weight.T,
         "b_dec": sae.decoder_bias,
     }
@@ -51,7 +54,7 @@ def write_sparsify(folder: Path, sae: FoldedSAE) -> None:
             "k": sae.k,
             "multi_topk": False,
             "skip_connection": False,
-            "transcode": False,
+            "transcode": transcodes,
             "d_in": sae.d_in,
         },
     )

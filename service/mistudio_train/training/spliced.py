@@ -1,8 +1,8 @@
 """What the language model loses when an SAE stands in the place of its activations, on held-out texts.
 
 How well the model predicts their tokens is measured as it is, and with the rows of a site replaced by reconstructions,
-by zero and by their mean. Rows that the SAE is not judged by stay as they are. Owns the texts, the masks and the sums;
-must not train, and must not load a model.
+by zero and by their mean. A transcoder reconstructs from what the model has at its site in that very pass. Rows that
+the SAE is not judged by stay as they are. Owns the texts, the masks and the sums; must not train, nor load a model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +19,12 @@ from torch.nn import functional
 from mistudio_schemas import CrossEntropy
 from mistudio_train.sae.folded import FoldedSAE
 
-from .language_model import HeadedModel, Replace
+from .blocks import Look
+from .language_model import HeadedModel
 from .memory_plan import LOGITS_BYTES
 from .order import RowOrder
 from .selection import HELD_OUT, Selection
-from .sites import Site
+from .sites import Ends, Site
 from .tokens import Tokens, padded
 
 MASKED_SHARE: Final = 0.15
@@ -34,11 +35,14 @@ NOTHING: Final = 1e-6
 """Of a smaller difference of losses no share can be recovered."""
 
 
+Replace = Callable[[Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Splice:
-    """An SAE, and the site that it is of."""
+    """An SAE, and what it reads and reconstructs."""
 
-    site: Site
+    ends: Ends
     sae: FoldedSAE
     selection: Selection
 
@@ -64,7 +68,7 @@ def cross_entropies(
     if not len(windows) or not (model.causal or model.mask_id):
         return None
     ways = _ways(splices, model.device)
-    selections = {splice.site: splice.selection for splice in splices}
+    selections = {splice.ends: splice.selection for splice in splices}
     sums = dict.fromkeys(["clean", *ways], 0.0)
     predicted, done, total = 0, 0, int(windows["length"].sum())
     for batch in _batches(windows, len(tokens.rules.frame), model.vocabulary):
@@ -73,29 +77,50 @@ def cross_entropies(
         there = asked.to(model.device)
         sums["clean"] += there.loss(model.logits(there.ids_BT, there.mask_BT))
         judged_N = {
-            site: _judged(tokens, selection, batch, asked.real_BT).to(model.device)
-            for site, selection in selections.items()
+            ends: _judged(tokens, selection, batch, asked.real_BT).to(model.device)
+            for ends, selection in selections.items()
         }
-        for way, (site, replace) in ways.items():
-            replace_judged = partial(replaced_where, judged_N[site], replace)
-            sums[way] += there.loss(model.logits(there.ids_BT, there.mask_BT, site, replace_judged))
+        for name, way in ways.items():
+            sums[name] += there.loss(model.logits(there.ids_BT, there.mask_BT, way.looks(judged_N[way.ends])))
         done += int(batch["length"].sum())
         on_progress(done / total)
     if not predicted:
         return None
     means = {way: loss / predicted for way, loss in sums.items()}
-    return [_result(means, f"sae {i}", splice.site, predicted, model.causal) for i, splice in enumerate(splices)]
+    return [_result(means, f"sae {i}", splice.ends, predicted, model.causal) for i, splice in enumerate(splices)]
 
 
-def _ways(splices: Sequence[Splice], device: torch.device) -> dict[str, tuple[Site, Replace]]:
-    """What the rows of a site are replaced by; every SAE is one way, and SAEs of one site share the other two."""
-    ways: dict[str, tuple[Site, Replace]] = {}
+@dataclass(frozen=True)
+class _Way:
+    """What the rows of the reconstructed site are replaced by: something that is made of those that are read."""
+
+    ends: Ends
+    replace: Replace
+
+    def looks(self, judged_N: Tensor) -> dict[Site, Look]:
+        """One pass of the model with the rows replaced that are judged: bool [N]."""
+        if self.ends.predicted is None:
+            return {self.ends.read: partial(replaced_where, judged_N, self.replace)}
+        read: list[Tensor] = []  # of this very pass, in which what comes before may have been replaced, too
+
+        def predicted(_y_ND: Tensor) -> Tensor:
+            return self.replace(read.pop())
+
+        return {
+            self.ends.read: lambda x_ND: read.append(x_ND[judged_N]),
+            self.ends.predicted: partial(replaced_where, judged_N, predicted),
+        }
+
+
+def _ways(splices: Sequence[Splice], device: torch.device) -> dict[str, _Way]:
+    """Every SAE is one way, and SAEs of the same rows share the other two."""
+    ways: dict[str, _Way] = {}
     for number, splice in enumerate(splices):
         mean_D = splice.selection.mean_D
         assert mean_D is not None  # rows are tokens
-        ways[f"zero {splice.site}"] = splice.site, torch.zeros_like
-        ways[f"mean {splice.site}"] = splice.site, partial(_same, mean_D.to(device))
-        ways[f"sae {number}"] = splice.site, partial(_reconstructed, splice.sae.to(device))
+        ways[f"zero {splice.ends}"] = _Way(splice.ends, torch.zeros_like)
+        ways[f"mean {splice.ends}"] = _Way(splice.ends, partial(_same, mean_D.to(device)))
+        ways[f"sae {number}"] = _Way(splice.ends, partial(_reconstructed, splice.sae.to(device)))
     return ways
 
 
@@ -114,9 +139,9 @@ def replaced_where(judged_N: Tensor, replace: Replace, x_ND: Tensor) -> Tensor:
     return others_ND
 
 
-def _result(means: dict[str, float], way: str, site: Site, predicted: int, causal: bool) -> CrossEntropy:
+def _result(means: dict[str, float], way: str, ends: Ends, predicted: int, causal: bool) -> CrossEntropy:
     clean, spliced = means["clean"], means[way]
-    zero, mean = means[f"zero {site}"], means[f"mean {site}"]
+    zero, mean = means[f"zero {ends}"], means[f"mean {ends}"]
 
     def recovered(without: float) -> float | None:
         return (without - spliced) / (without - clean) if abs(without - clean) > NOTHING else None

@@ -132,13 +132,13 @@ def _train(
     one: Wanted, context: Context, job: Accepted, kept: KeptTraining, reporter: Reporter, steps_after: int
 ) -> Fitted:
     buffer_bytes = job.spec.request.shuffle_bytes
-    rows = ShuffledRows(one.store, one.selection, seed=one.config.seed or 0, buffer_bytes=buffer_bytes)
+    rows = ShuffledRows(*one.stores, selection=one.selection, seed=one.config.seed or 0, buffer_bytes=buffer_bytes)
     held_out = one.selection.held_out_rows(HELD_OUT_ROWS)
     with _memory_errors(job.plan):
         return fit(
             one.config,
             rows,
-            one.store.gather(held_out) if len(held_out) else None,
+            torch.cat([store.gather(held_out) for store in one.stores], 1) if len(held_out) else None,
             mean_pooled=context.mean_pooled,
             device=context.device,
             reporter=reporter,
@@ -175,8 +175,8 @@ def _in_model(trained: Sequence[Trained], job: Accepted, tokens: Tokens, reporte
             reporter.say(done)
 
     reporter.enter("evaluating", "predicting held-out tokens with each SAE in the model's place", SPLICING)
-    spec, splices = job.spec, [Splice(one.wanted.site, one.fitted.sae, one.wanted.selection) for one in trained]
-    sites = list(dict.fromkeys(splice.site for splice in splices))
+    spec, splices = job.spec, [Splice(one.wanted.ends, one.fitted.sae, one.wanted.selection) for one in trained]
+    sites = list(dict.fromkeys(site for splice in splices for site in splice.ends.sites))
     try:
         with reporter.one_call():
             model = load_with_head(job.source, job.plan, sites, token=spec.token, allow_unsafe=spec.allow_unsafe_models)
@@ -231,7 +231,7 @@ def _report_all(
         share = _part(REPORTING, number, len(trained))
         reporter.enter("exporting", f"drawing the report of {result.name}", share, result.name)
         folder = context.spec.output / (one.wanted.folder if number else "")
-        material = context.material(one.wanted.store.index, reporter.warnings)
+        material = context.material(one.wanted.stores[0].index, reporter.warnings)
         try:
             write_report(folder, one.fitted.sae, result, results, said.promoted, material, on_progress)
         except DiskFull:

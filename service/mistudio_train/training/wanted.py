@@ -8,7 +8,7 @@ from .activations import ActivationStore
 from .fit import Fitted
 from .saelens import Origin
 from .selection import Selection
-from .sites import Site
+from .sites import Ends
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,16 @@ class Wanted:
     position: int
     config: SAEConfig
     """Resolved."""
-    site: Site
-    store: ActivationStore
+    ends: Ends
+    stores: tuple[ActivationStore, ...]
+    """The rows of `ends.sites`."""
     selection: Selection
     origin: Origin
+
+    @property
+    def targets(self) -> ActivationStore | None:
+        """The rows that a transcoder reconstructs."""
+        return None if self.ends.predicted is None else self.stores[1]
 
     @property
     def folder(self) -> str:

@@ -50,6 +50,8 @@ MANY: Final = 4096
 GROUP_ROWS: Final = 64
 """Where there are few texts a feature is shown once in so many rows, else once a text."""
 FEW_TEXTS: Final = 100
+FORMATS: Final = ("SAELens", "EleutherAI sparsify")
+"""Of folders that other software reads; where there is none, `metadata.json` says why in the same place."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,7 @@ def _page(
 ) -> Callable[[Index, list[str], str], Page]:
     head = Head(
         f"{result.name}: {result.kind}, {result.feature_count:,} latents",
-        f"{Path(material.model.model_name).name}, {result.hook_site} of block {result.layer_number}, "
+        f"{Path(material.model.model_name).name}, {result.site} of block {result.layer_number}, "
         f"{material.corpus.tokens:,} tokens of {material.corpus.texts:,} texts",
         f"Job {material.job_id}. Made by miStudioTrain {material.version} at {metadata['timestamp']}.",
     )
@@ -230,7 +232,7 @@ def _asked(result: SAEResult, material: Material, metadata: dict[str, Any]) -> l
     pairs: list[tuple[str, Any]] = [
         ("Model", material.model.model_name),
         ("Revision", material.revision),
-        ("Site", f"{result.hook_site} of block {result.layer_number}, width {result.input_dim:,}"),
+        ("Site", f"{result.site} of block {result.layer_number}, width {result.input_dim:,}"),
         ("Corpus", material.request.corpus_file),
         ("Corpus sha256", material.corpus.sha256[:16] + "…"),
         ("Rows", "a text each, the mean of its tokens" if material.whole_texts else "a token each"),
@@ -250,16 +252,15 @@ def _asked(result: SAEResult, material: Material, metadata: dict[str, Any]) -> l
 
 
 def _load_lines(result: SAEResult, metadata: dict[str, Any]) -> str:
-    lines = [
-        "from sae_lens import SAE",
-        'sae = SAE.load_from_disk("sae")           # the folder beside report/',
-        f"features = sae.encode(x)                  # x: float32 [rows, {result.input_dim}]",
-        "",
-        "import torch",
-        'found = torch.load("feature_activations.pt")   # one row a text: feature_activations, texts',
-    ]
-    why_not = metadata["exports"].get("sparsify")
-    lines += ["", f"# sparsify/: {why_not}"]
+    lines = ["import torch", 'found = torch.load("feature_activations.pt")  # a row a text: feature_activations, texts']
+    exports = metadata["exports"]
+    if exports["sae"] == "SAELens":
+        lines += ["", "from sae_lens import SAE", 'sae = SAE.load_from_disk("sae")  # the folder beside report/']
+        lines += [f"features = sae.encode(x)  # x: {result.hook_site}, float32 [rows, {result.input_dim}]"]
+    if exports["sparsify"] == "EleutherAI sparsify":
+        lines += ["", "from sparsify import SparseCoder", 'coder = SparseCoder.load_from_disk("sparsify")']
+    reasons = [f"# {folder}/: {why}" for folder, why in exports.items() if why not in FORMATS]
+    lines += ["", *reasons] if reasons else []
     return "\n".join(lines)
 
 
