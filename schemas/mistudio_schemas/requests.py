@@ -63,6 +63,10 @@ class TrainRequested(Contract):
     """A name under the bucket's `corpora/`, an `s3://bucket/key`, or a path in a folder that the operator allows."""
     corpus_column: Annotated[str, StringConstraints(max_length=256)] | None = None
     """The column of the texts in csv, json, jsonl or parquet; `null`: `text`, or the only column of strings."""
+    min_text_characters: int | None = Field(None, ge=1)
+    """Texts of fewer characters are dropped and counted; `null`: only those that are empty or blank."""
+    max_text_characters: int | None = Field(None, ge=1)
+    """Texts of more characters are dropped, not cut, and counted; `null`: none is too long."""
     layer_number: int = DEFAULT_LAYER
     """Block to read, counted from 0. The default becomes the last block of a shallower model, with a warning."""
     hook_site: HookSite = "resid_post"
@@ -176,6 +180,13 @@ class TrainRequested(Contract):
         if not 4 <= value <= top:
             raise ValueError(f"Maximum sequence length must be between 4 and {top}")
         return value
+
+    @model_validator(mode="after")
+    def _some_length(self) -> Self:
+        least, most = self.min_text_characters, self.max_text_characters
+        if least is not None and most is not None and least > most:
+            raise ValueError(f"min_text_characters must be at most max_text_characters ({least} > {most})")
+        return self
 
     @model_validator(mode="after")
     def _several_saes(self, info: ValidationInfo) -> Self:

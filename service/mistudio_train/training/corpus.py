@@ -8,7 +8,9 @@ import csv
 import hashlib
 import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +19,7 @@ from mistudio_train.errors import CorpusRefused
 
 from .parquet import parquet_texts
 from .source import Place, Source
-from .texts import Texts, TextsWriter
+from .texts import Dropped, Texts, TextsWriter
 
 MAX_LINE_BYTES: Final = 16 * 1024**2
 """A longer line is no text; without a bound one binary file would fill the memory."""
@@ -28,16 +30,43 @@ SAMPLE_ROWS: Final = 100
 """Rows of a csv file that are looked at to tell columns of numbers from columns of text."""
 
 
+@dataclass(frozen=True)
+class CorpusRules:
+    """What of a corpus becomes a text."""
+
+    column: str | None = None
+    """Of csv, json, jsonl and parquet; `None`: `text`, or the only one that holds strings."""
+    min_characters: int | None = None
+    max_characters: int | None = None
+
+    def reason_to_drop(self, text: str) -> str | None:
+        """A field of `Dropped`; `None`: the text is kept."""
+        if not text or text.isspace():
+            return "empty"
+        if self.min_characters is not None and len(text) < self.min_characters:
+            return "too_short"
+        if self.max_characters is not None and len(text) > self.max_characters:
+            return "too_long"
+        return None
+
+
+EVERY_TEXT: Final = CorpusRules()
+
+
 def open_corpus(
-    path: Path, column: str | None, name: str, scratch: Path, on_texts: Callable[[int], None] = lambda read: None
+    path: Path,
+    name: str,
+    scratch: Path,
+    rules: CorpusRules = EVERY_TEXT,
+    on_texts: Callable[[int], None] = lambda read: None,
 ) -> Texts:
-    """Read the corpus file at `path` into `scratch`, texts in the file's order, empty ones dropped and counted.
+    """Read the corpus file at `path` into `scratch`, texts in the file's order; those that are dropped are counted.
 
     Args:
         path: the local file.
-        column: of csv, json, jsonl and parquet; `None`: `text`, or the only one that holds strings.
         name: how the requester calls the file; its suffix tells the format, and errors name it.
         scratch: a folder for the texts, and for the unpacked file where a format needs one.
+        rules: what of it becomes a text.
         on_texts: told now and then how many were read.
 
     Raises:
@@ -47,11 +76,11 @@ def open_corpus(
     """
     source = Source(path, name, gzipped=name.lower().endswith(".gz"))
     reader = _reader_of(source)
-    dropped = 0
+    counts: Counter[str] = Counter()
     with TextsWriter(scratch) as writer, source.reading():
-        for place, text in reader(source, column, scratch):
-            if not text or text.isspace():
-                dropped += 1
+        for place, text in reader(source, rules.column, scratch):
+            if reason := rules.reason_to_drop(text):
+                counts[reason] += 1
                 continue
             if writer.count % TEXTS_BETWEEN == 0:
                 on_texts(writer.count)
@@ -59,13 +88,20 @@ def open_corpus(
                 writer.append(text)
             except UnicodeEncodeError as error:
                 raise source.refused(place, "half a surrogate pair, which is no character") from error
+    dropped = Dropped(**counts)
     if not writer.count:
-        raise CorpusRefused(
-            f"{name} holds no text ({dropped} empty)", "Give a corpus with at least one text.", ErrorCode.CORPUS_EMPTY
-        )
+        raise _no_text(name, dropped)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return Texts(scratch, dropped=dropped, sha256=digest)
+
+
+def _no_text(name: str, dropped: Dropped) -> CorpusRefused:
+    counted = f"{dropped.empty} empty, {dropped.too_short} too short, {dropped.too_long} too long"
+    hint = "Give a corpus with at least one text"
+    if dropped.total > dropped.empty:
+        hint += ", or change min_text_characters or max_text_characters"
+    return CorpusRefused(f"{name} holds no text ({counted})", f"{hint}.", ErrorCode.CORPUS_EMPTY)
 
 
 Reader = Callable[[Source, str | None, Path], Iterator[tuple[Place, str]]]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mistudio_train.messages import Finished, JobSpec, Parent
 
 from .bundle_limits import refuse_hopeless
-from .corpus import open_corpus
+from .corpus import CorpusRules, open_corpus
 from .identity import identity_of
 from .memory_plan import MemoryPlan, plan_memory
 from .model_source import ModelSource, inspect
@@ -74,7 +74,8 @@ def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
         if reporter.due:
             reporter.say(0.5, f"read {read} texts of {request.corpus_file}")
 
-    texts = open_corpus(spec.corpus, request.corpus_column, request.corpus_file, spec.scratch, on_texts)
+    rules = CorpusRules(request.corpus_column, request.min_text_characters, request.max_text_characters)
+    texts = open_corpus(spec.corpus, request.corpus_file, spec.scratch, rules, on_texts)
     if request.token_budget is None:
         refuse_hopeless(spec, len(texts), source.d_in)
     if spec.identify:

@@ -149,7 +149,12 @@ def tokenize(
         raise _nothing("all the texts")
     info = CorpusInfo(
         texts=files.texts,
-        texts_dropped=texts.dropped,
+        texts_dropped=texts.dropped.total,
+        texts_empty=texts.dropped.empty,
+        texts_too_short=texts.dropped.too_short,
+        texts_too_long=texts.dropped.too_long,
+        texts_beyond_budget=len(texts) - files.texts,
+        texts_truncated=files.texts_truncated,
         tokens=files.tokens,
         tokens_truncated=files.truncated,
         windows=files.window_count,
@@ -204,7 +209,7 @@ class _Files:
 
     def __init__(self, folder: Path, rules: Rules) -> None:
         self.rules, self._folder = rules, folder
-        self.texts = self.tokens = self.truncated = self.window_count = self.rows = 0
+        self.texts = self.tokens = self.truncated = self.texts_truncated = self.window_count = self.rows = 0
         self._ids_written = 0
         self._writers = {
             name: ArrayWriter(folder / name, dtype)
@@ -237,6 +242,7 @@ class _Files:
                 return False
             self._add_text(number, kept, lengths, real)
             self.truncated += len(body) - len(kept)
+            self.texts_truncated += len(kept) < len(body)
         self._flush()
         return True
 

@@ -1,0 +1,19 @@
+"""`docs/corpora.md` lists every field that says what of a corpus becomes a text, as the contract has it."""
+
+from pathlib import Path
+
+from mistudio_schemas import CorpusInfo, TrainRequested
+
+from .test_sae_page import row
+
+PAGE = (Path(__file__).parents[1] / "docs" / "corpora.md").read_text()
+FIELDS = ("corpus_column", "min_text_characters", "max_text_characters")
+
+
+def test_the_fields_are_those_of_the_contract() -> None:
+    rows = [line for line in PAGE.splitlines() if line.startswith("| `")]
+    assert rows == [row(name, TrainRequested.model_fields[name]) for name in FIELDS]
+
+
+def test_every_count_of_texts_is_named() -> None:
+    assert all(f"`{name}`" in PAGE for name in CorpusInfo.model_fields if name.startswith("texts"))
