@@ -63,6 +63,9 @@ class TrainRequested(Contract):
     """A name under the bucket's `corpora/`, an `s3://bucket/key`, or a path in a folder that the operator allows."""
     corpus_column: Annotated[str, StringConstraints(max_length=256)] | None = None
     """The column of the texts in csv, json, jsonl or parquet; `null`: `text`, or the only column of strings."""
+    corpus_holds: Literal["texts", "conversations"] = "texts"
+    """`conversations`: each row of a json, jsonl or parquet is a list of {role, content}, by default in the column
+    `messages`, and its text is what the chat template of the model's tokenizer makes of it."""
     min_text_characters: int | None = Field(None, ge=1)
     """Texts of fewer characters are dropped and counted; `null`: only those that are empty or blank."""
     max_text_characters: int | None = Field(None, ge=1)
@@ -94,7 +97,7 @@ class TrainRequested(Contract):
     pooling: Literal["mean", "token"] = "mean"
     """`mean`: one row a text, the mean over its real tokens. `token`: one row a token, special tokens excluded."""
     include_special_tokens: bool = False
-    """Let the special tokens that the tokenizer adds count as real tokens."""
+    """Let the special tokens that the tokenizer or its chat template adds count as real tokens."""
     token_budget: int | None = Field(None, ge=1)
     """Extract at most about this many tokens; whole texts, in the corpus' order."""
     held_out: float | None = Field(None, ge=0, le=0.5)

@@ -45,6 +45,7 @@ def test_everything_else_counts() -> None:
         {"sae": {"kind": "topk", "k": 4}},
         {"pooling": "token"},
         {"corpus_column": "body"},
+        {"corpus_holds": "conversations"},
         {"min_text_characters": 9},
         {"max_text_characters": 9},
     ]

@@ -25,9 +25,18 @@ MAX_LINE_BYTES: Final = 16 * 1024**2
 """A longer line is no text; without a bound one binary file would fill the memory."""
 MAX_JSON_BYTES: Final = 64 * 1024**2
 """A `.json` file is parsed as a whole, so it must be small; `.jsonl` has no limit."""
+FLAT: Final = (".txt", ".csv")
+"""Formats whose fields are texts and nothing else."""
+CONVERSATIONS_HINT: Final = (
+    "Give each conversation as a list of {role, content}, both texts, with roles that the model's template knows."
+)
 TEXTS_BETWEEN: Final = 1000
 SAMPLE_ROWS: Final = 100
 """Rows of a csv file that are looked at to tell columns of numbers from columns of text."""
+
+
+Render = Callable[[Any], str]
+"""The text of a conversation; raises ValueError, saying what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,8 @@ class CorpusRules:
     """Of csv, json, jsonl and parquet; `None`: `text`, or the only one that holds strings."""
     min_characters: int | None = None
     max_characters: int | None = None
+    render: Render | None = None
+    """Makes the text of a conversation; `None`: the corpus holds texts."""
 
     def reason_to_drop(self, text: str) -> str | None:
         """A field of `Dropped`; `None`: the text is kept."""
@@ -74,11 +85,12 @@ def open_corpus(
         DiskFull: if the scratch disk has no room.
 
     """
-    source = Source(path, name, gzipped=name.lower().endswith(".gz"))
+    source = Source(path, name, conversations=rules.render is not None)
     reader = _reader_of(source)
     counts: Counter[str] = Counter()
     with TextsWriter(scratch) as writer, source.reading():
-        for place, text in reader(source, rules.column, scratch):
+        for place, value in reader(source, rules.column, scratch):
+            text = _text_of(source, place, value, rules.render)
             if reason := rules.reason_to_drop(text):
                 counts[reason] += 1
                 continue
@@ -104,7 +116,7 @@ def _no_text(name: str, dropped: Dropped) -> CorpusRefused:
     return CorpusRefused(f"{name} holds no text ({counted})", f"{hint}.", ErrorCode.CORPUS_EMPTY)
 
 
-Reader = Callable[[Source, str | None, Path], Iterator[tuple[Place, str]]]
+Reader = Callable[[Source, str | None, Path], Iterator[tuple[Place, Any]]]
 
 
 def _reader_of(source: Source) -> Reader:
@@ -116,6 +128,10 @@ def _reader_of(source: Source) -> Reader:
         ".parquet": parquet_texts,
     }
     reader = readers.get(source.suffix)
+    if reader is not None and source.conversations and source.suffix in FLAT:
+        raise source.refused(
+            None, f"{source.suffix} holds no conversations", "Write them as .jsonl, .json or .parquet."
+        )
     if reader is None:
         raise CorpusRefused(
             f"{source.name} has no known corpus format",
@@ -125,22 +141,22 @@ def _reader_of(source: Source) -> Reader:
     return reader
 
 
-def _txt(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
+def _txt(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, Any]]:
     return ((place, line.rstrip("\r\n")) for place, line in _lines(source))
 
 
-def _jsonl(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
+def _jsonl(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, Any]]:
     for place, line in _lines(source):
         if line.isspace():
-            yield place, ""
+            yield place, None
             continue
         row = _parsed(source, place, line)
         if column is None and isinstance(row, dict):
-            column = source.column(place, row, [key for key, value in row.items() if isinstance(value, str)])
-        yield place, _text_of(source, place, row, column)
+            column = source.column(place, row, [key for key, value in row.items() if source.holds(value)])
+        yield place, _value_of(source, place, row, column)
 
 
-def _json(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
+def _json(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, Any]]:
     with source.open() as file:
         raw = file.read(MAX_JSON_BYTES + 1)
     if len(raw) > MAX_JSON_BYTES:
@@ -153,8 +169,8 @@ def _json(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[P
     for i, row in enumerate(_json_rows(source, document, column)):
         place = f"item {i + 1}"
         if column is None and isinstance(row, dict):
-            column = source.column(place, row, [key for key, value in row.items() if isinstance(value, str)])
-        yield place, _text_of(source, place, row, column)
+            column = source.column(place, row, [key for key, value in row.items() if source.holds(value)])
+        yield place, _value_of(source, place, row, column)
 
 
 def _json_rows(source: Source, document: Any, column: str | None) -> list[Any]:
@@ -169,7 +185,7 @@ def _json_rows(source: Source, document: Any, column: str | None) -> list[Any]:
     raise source.refused(None, "neither a list nor an object of a list")
 
 
-def _csv(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
+def _csv(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, Any]]:
     csv.field_size_limit(MAX_LINE_BYTES)
     rows = _csv_rows(source)
     _, header = next(rows, (None, []))
@@ -239,15 +255,24 @@ def _parsed(source: Source, place: Place, text: str) -> Any:
         raise source.refused(place, "JSON that is nested too deeply") from error
 
 
-def _text_of(source: Source, place: Place, row: Any, column: str | None) -> str:
-    """The text of a row: itself, or its column. `null` counts as empty."""
-    value = row
-    if isinstance(row, dict):
-        if column not in row:
-            raise source.no_column(place, str(column), row)
-        value = row[column]
+def _value_of(source: Source, place: Place, row: Any, column: str | None) -> Any:
+    """What a row holds: itself, or its column."""
+    if not isinstance(row, dict):
+        return row
+    if column not in row:
+        raise source.no_column(place, str(column), row)
+    return row[column]
+
+
+def _text_of(source: Source, place: Place, value: Any, render: Render | None) -> str:
+    """`null` counts as empty."""
     if value is None:
         return ""
+    if render is not None:
+        try:
+            return render(value)
+        except ValueError as error:
+            raise source.refused(place, str(error), CONVERSATIONS_HINT) from error
     if not isinstance(value, str):
         raise source.refused(place, f"a text is expected, not {type(value).__name__}")
     return value

@@ -27,7 +27,8 @@ from mistudio_train.errors import HubUnreachable, JobError, ModelRefused
 
 ANSWER_SECONDS: Final = 5.0
 """The hub must answer within this; a request for an unknown model is refused within seconds."""
-SAFE_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
+TOKENIZER_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja")
+SAFE_FILES: Final = (*TOKENIZER_FILES, "model*.safetensors")
 """No pickles, no code, no copies of the weights in other layouts."""
 UNSAFE_FILES: Final = ("*.py", "pytorch_model*.bin")
 
@@ -68,14 +69,24 @@ def fetch(name: str, commit: str, token: str | None, *, allow_unsafe: bool = Fal
         ModelRefused, HubUnreachable: as `find`.
 
     """
-    patterns = [*SAFE_FILES, *(UNSAFE_FILES if allow_unsafe else ())]
-    return Path(
-        _spoken(
-            name,
-            token,
-            lambda: snapshot_download(name, revision=commit, allow_patterns=patterns, token=token or False),
-        )
+    return _fetched(name, commit, token, [*SAFE_FILES, *(UNSAFE_FILES if allow_unsafe else ())])
+
+
+def fetch_tokenizer(name: str, commit: str, token: str | None) -> Path:
+    """The same without the weights.
+
+    Raises:
+        ModelRefused, HubUnreachable: as `find`.
+
+    """
+    return _fetched(name, commit, token, list(TOKENIZER_FILES))
+
+
+def _fetched(name: str, commit: str, token: str | None, patterns: list[str]) -> Path:
+    folder = _spoken(
+        name, token, lambda: snapshot_download(name, revision=commit, allow_patterns=patterns, token=token or False)
     )
+    return Path(folder)
 
 
 def shapes(name: str, commit: str, files: Sequence[str], token: str | None) -> dict[str, tuple[int, ...]]:

@@ -28,7 +28,7 @@ from .saelens import Origin
 from .selection import MOST_LEFT_OUT, Selection, hold_out, select
 from .sites import Site
 from .sweep import free, make_saes
-from .tokens import frame_of
+from .tokens import Rules
 from .wanted import Wanted
 
 LOADING: Final = (0.02, 0.05)
@@ -53,7 +53,7 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
         reporter.warn(warning)
     model = _load(job, reporter)
     extraction = _extract(job, model, checkpoints, reporter)
-    origins = {site: _origin(model, site, spec.request, extraction.length) for site in model.sites}
+    origins = {site: _origin(model, site, spec.request, extraction.tokens.rules) for site in model.sites}
     del model  # its memory is the SAEs' now
     free(job.plan)
     context = Context(
@@ -188,7 +188,7 @@ def _warn_of_rows(selection: Selection, site: Site, request: TrainRequested, rep
         )
 
 
-def _origin(model: LanguageModel, site: Site, request: TrainRequested, length: int) -> Origin:
+def _origin(model: LanguageModel, site: Site, request: TrainRequested, rules: Rules) -> Origin:
     """The site by the path of its module, as SAELens names places in a Hugging Face model."""
     path = next(name for name, module in model.trunk.named_modules() if module is model.modules[site])
     causal = is_causal(model.source.architecture)
@@ -199,8 +199,8 @@ def _origin(model: LanguageModel, site: Site, request: TrainRequested, length: i
         hook_name=f"{prefix}.{path}" if causal and prefix else path,
         layer=site.layer,
         hook_site=site.hook_site,
-        context_size=length,
-        prepend_bos=bool(frame_of(model.tokenizer).before),
+        context_size=rules.length,
+        prepend_bos=bool(rules.frame.before),
         exclude_special_tokens=not request.include_special_tokens,
         dataset_path=request.corpus_file,
         pooling=request.pooling,

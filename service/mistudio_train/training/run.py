@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mistudio_train.messages import Finished, JobSpec, Parent
 
 from .bundle_limits import refuse_hopeless
-from .corpus import CorpusRules, open_corpus
+from .corpus import CorpusRules, Render, open_corpus
 from .identity import identity_of
 from .memory_plan import MemoryPlan, plan_memory
 from .model_source import ModelSource, inspect
@@ -74,7 +74,8 @@ def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
         if reporter.due:
             reporter.say(0.5, f"read {read} texts of {request.corpus_file}")
 
-    rules = CorpusRules(request.corpus_column, request.min_text_characters, request.max_text_characters)
+    lengths = request.min_text_characters, request.max_text_characters
+    rules = CorpusRules(request.corpus_column, *lengths, _chat_template(spec, source, reporter))
     texts = open_corpus(spec.corpus, request.corpus_file, spec.scratch, rules, on_texts)
     if request.token_budget is None:
         refuse_hopeless(spec, len(texts), source.d_in)
@@ -82,3 +83,14 @@ def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
         with reporter.one_call():
             reporter.identified(identity_of(request, source, texts.sha256))
     return Accepted(spec, source, sites, plan, texts)
+
+
+def _chat_template(spec: JobSpec, source: ModelSource, reporter: Reporter) -> Render | None:
+    """What makes texts of conversations; `None` where the corpus holds texts, which need no tokenizer yet."""
+    if spec.request.corpus_holds == "texts":
+        return None
+    with reporter.one_call():
+        from .conversations import ChatTemplate
+        from .tokenizer import tokenizer_of
+
+        return ChatTemplate(tokenizer_of(source, spec.token, allow_unsafe=spec.allow_unsafe_models), source.name)

@@ -189,7 +189,7 @@ def _asked(tokens: Tokens, windows: NDArray[Any], pad_id: int, mask_id: int | No
     ids_BT, mask_BT, real_BT = padded(tokens, windows, pad_id)
     before, width = len(tokens.rules.frame.before), ids_BT.shape[1]
     place_T, ends_B = np.arange(width), before + windows["length"].astype(np.int64)
-    text_BT = (place_T >= before) & (place_T < ends_B[:, None])
+    text_BT = (place_T >= before) & (place_T < ends_B[:, None]) & real_BT
     if mask_id is None:
         predicts_BT, targets_BT = np.zeros_like(text_BT), np.zeros_like(ids_BT)
         predicts_BT[:, :-1], targets_BT[:, :-1] = text_BT[:, 1:], ids_BT[:, 1:]
