@@ -91,7 +91,8 @@ class CorpusInfo(Contract):
     tokens_truncated: int = 0
     """Tokens beyond the length limit, not seen (mean pooling only)."""
     windows: int = 0
-    """Pieces that the texts were split into (token pooling; equal to `texts` when none was longer than the limit)."""
+    """Sequences that went through the model: pieces of texts (token pooling; equal to `texts` when none was longer than
+    the limit), or several texts in each (`packing`)."""
     rows: int
     """Rows of activations: texts when mean-pooled, tokens otherwise."""
     sha256: Sha256

@@ -96,6 +96,9 @@ class TrainRequested(Contract):
     """Tokens a text (mean pooling) or a window (token pooling) at most, special tokens included."""
     pooling: Literal["mean", "token"] = "mean"
     """`mean`: one row a text, the mean over its real tokens. `token`: one row a token, special tokens excluded."""
+    packing: bool = False
+    """Token pooling only: join the texts, with a special token between two, into windows of full length, as pretraining
+    does. Each row is still one of its own text; what stands between texts is no row."""
     include_special_tokens: bool = False
     """Let the special tokens that the tokenizer or its chat template adds count as real tokens."""
     token_budget: int | None = Field(None, ge=1)
@@ -189,6 +192,14 @@ class TrainRequested(Contract):
         least, most = self.min_text_characters, self.max_text_characters
         if least is not None and most is not None and least > most:
             raise ValueError(f"min_text_characters must be at most max_text_characters ({least} > {most})")
+        return self
+
+    @model_validator(mode="after")
+    def _packing(self) -> Self:
+        if self.packing and self.pooling == "mean":
+            raise ValueError("packing needs pooling: token, as a window of several texts has no mean of one")
+        if self.packing and self.include_special_tokens:
+            raise ValueError("packing needs include_special_tokens: false, as those between two texts belong to none")
         return self
 
     @model_validator(mode="after")

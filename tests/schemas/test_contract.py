@@ -95,10 +95,12 @@ def test_the_edges_of_the_ranges_are_allowed(field: str) -> None:
     [
         ({"min_text_characters": 0}, "greater than or equal to 1"),
         ({"max_text_characters": 0}, "greater than or equal to 1"),
+        ({"packing": True}, "packing needs pooling: token"),
+        ({"packing": True, "pooling": "token", "include_special_tokens": True}, "include_special_tokens: false"),
         ({"min_text_characters": 10, "max_text_characters": 9}, "at most max_text_characters (10 > 9)"),
     ],
 )
-def test_lengths_that_no_text_can_have_are_refused(fields: dict[str, Any], said: str) -> None:
+def test_what_no_corpus_can_give_is_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(ValidationError) as caught:
         TrainRequested.model_validate(SEED | fields)
     assert said in caught.value.errors()[0]["msg"]

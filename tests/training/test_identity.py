@@ -46,6 +46,7 @@ def test_everything_else_counts() -> None:
         {"pooling": "token"},
         {"corpus_column": "body"},
         {"corpus_holds": "conversations"},
+        {"pooling": "token", "packing": True},
         {"min_text_characters": 9},
         {"max_text_characters": 9},
     ]

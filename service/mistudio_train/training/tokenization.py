@@ -14,6 +14,7 @@ from mistudio_schemas import CorpusInfo, ErrorCode, TrainRequested
 from mistudio_train.errors import CorpusRefused, ModelRefused, RequestRefused
 
 from .disk import ArrayFile, ArrayWriter
+from .packing import Packing
 from .texts import Texts
 from .tokenizer import special_ids
 from .tokens import WINDOW, Frame, RowIndex, Rules, Tokens
@@ -32,7 +33,7 @@ def rules_of(request: TrainRequested, tokenizer: Any, positions: int | None, fir
         first_text: of the corpus; a rendered one shows whether the chat template begins as the tokenizer would.
 
     Raises:
-        RequestRefused: if the length limit leaves no room for a text.
+        RequestRefused: if the length limit leaves no room for a text, or nothing can stand between two.
         ModelRefused: if the tokenizer's special tokens cannot be told from a text's.
     """
     limits = [request.max_sequence_length, positions, tokenizer.model_max_length]
@@ -43,6 +44,8 @@ def rules_of(request: TrainRequested, tokenizer: Any, positions: int | None, fir
     ):  # the template says all that stands around a text; what may be put before a window is what it begins with
         begins = _encoded(tokenizer, [first_text], rendered=True)[0][: len(frame.before)] == list(frame.before)
         frame = Frame(frame.before if begins else (), ())
+    separator = _separator(tokenizer, frame, rendered) if request.packing else None
+    no_rows = special_ids(tokenizer) if rendered and not specials else frozenset()
     rules = Rules(
         pooling=request.pooling,
         include_special_tokens=specials,
@@ -50,7 +53,8 @@ def rules_of(request: TrainRequested, tokenizer: Any, positions: int | None, fir
         frame=frame,
         token_budget=request.token_budget,
         rendered=rendered,
-        no_rows=special_ids(tokenizer) if rendered and not specials else frozenset(),
+        no_rows=no_rows | set(separator or ()),
+        separator=separator,
     )
     if rules.body < 1:
         raise RequestRefused(
@@ -77,6 +81,22 @@ def frame_of(tokenizer: Any) -> Frame:
         "Choose a model with an ordinary tokenizer.",
         ErrorCode.MODEL_UNSUPPORTED,
     )
+
+
+def _separator(tokenizer: Any, frame: Frame, rendered: bool) -> tuple[int, ...]:
+    """What a model has seen between two documents: what its tokenizer puts around each, else an EOS, else a BOS.
+
+    Between conversations there is nothing more than their template says.
+    """
+    between = (*frame.after, *frame.before)
+    if between or rendered:
+        return between
+    ends = [token for token in (tokenizer.eos_token_id, tokenizer.bos_token_id) if token is not None]
+    if not ends:
+        raise RequestRefused(
+            "The model's tokenizer has no token to put between two packed texts", "Leave packing out of the request."
+        )
+    return (ends[0],)
 
 
 def tokenize(
@@ -158,6 +178,7 @@ class _Files:
         self.rules, self._folder = rules, folder
         self.texts = self.tokens = self.truncated = self.texts_truncated = self.window_count = self.rows = 0
         self._ids_written = 0
+        self._packing = None if rules.separator is None else Packing(rules)
         self._writers = {
             name: ArrayWriter(folder / name, dtype)
             for name, dtype in (
@@ -173,6 +194,7 @@ class _Files:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
+            self._write_windows(self._packing.rest() if self._packing else [])
             self._flush()
         for writer in self._writers.values():
             writer.__exit__(kind, error, trace)
@@ -196,7 +218,9 @@ class _Files:
         return True
 
     def _pieces(self, number: int, kept: NDArray[Any]) -> list[NDArray[Any]]:
-        """The windows of a text."""
+        """What is framed of a text: its windows, or if it is packed all of it."""
+        if len(kept) and self._packing:
+            return [kept]
         if len(kept):
             return [kept[at : at + self.rules.body] for at in range(0, len(kept), self.rules.body)]
         if self.rules.pooling == "mean" and not len(self.rules.frame):
@@ -205,14 +229,22 @@ class _Files:
         return [kept] if wanted else []
 
     def _add_windows(self, pieces: list[NDArray[Any]], reals: list[NDArray[Any]]) -> None:
-        row = self.rows
+        row, before = self.rows, len(self.rules.frame.before)
         for piece, real_T in zip(pieces, reals, strict=True):
-            real, leads = int(real_T.sum()), bool(len(piece) and real_T[0])
-            self._pending["windows.bin"].append(np.array([(self._ids_written, len(piece), real, row, leads)], WINDOW))
-            self._pending["tokens.bin"].append(piece)
+            if self._packing:
+                tokens, windows = self._packing.place(piece, real_T[before : before + len(piece)])
+            else:
+                real, leads = int(real_T.sum()), bool(len(piece) and real_T[0])
+                tokens, windows = [piece], [(self._ids_written, len(piece), real, row, leads)]
+                row += real
+            self._pending["tokens.bin"].extend(tokens)
             self._ids_written += len(piece)
-            row += real
-        self.window_count += len(pieces)
+            self._write_windows(windows)
+
+    def _write_windows(self, windows: list[Any]) -> None:
+        if windows:
+            self._pending["windows.bin"].append(np.array(windows, WINDOW))
+        self.window_count += len(windows)
 
     def _add_rows(self, number: int, pieces: list[NDArray[Any]], reals: list[NDArray[Any]], real: int) -> None:
         if self.rules.pooling == "mean":

@@ -42,7 +42,9 @@ class Rules:
     rendered: bool = False
     """Whether the texts are rendered conversations, so that special tokens which they spell out are meant."""
     no_rows: frozenset[int] = frozenset()
-    """Ids that are special wherever they stand; none where special tokens count."""
+    """Ids that are no rows wherever they stand; none where special tokens count."""
+    separator: tuple[int, ...] | None = None
+    """What stands between two texts that are packed into one window; `None`: each text has windows of its own."""
 
     @property
     def body(self) -> int:
@@ -100,7 +102,7 @@ class Tokens:
 
     rules: Rules
     ids: ArrayFile
-    """int32: the texts' own tokens, one text after another, as far as they are used."""
+    """int32: the texts' own tokens, one text after another, as far as they are used; between packed ones separators."""
     windows: ArrayFile
     """`WINDOW`: what goes through the model, one sequence each."""
     index: RowIndex
