@@ -56,7 +56,8 @@ class TrainRequested(Contract):
     job_id: JobId | None = None
     """Names the job everywhere. Clients make one; a raw message without one gets one from its place in the topic."""
     model_name: Annotated[str, StringConstraints(min_length=1, max_length=512)]
-    """A Hugging Face model (`microsoft/Phi-4`), or a folder that the worker's operator allows."""
+    """A Hugging Face model (`microsoft/Phi-4`), an `s3://bucket/path` of a model's folder, or a folder on the worker's
+    disk; of buckets and folders those that the worker's operator allows."""
     model_revision: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     """Branch, tag or commit; resolved to a commit when the job begins and kept with the run."""
     corpus_file: Annotated[str, StringConstraints(min_length=1, max_length=1024)]

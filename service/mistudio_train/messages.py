@@ -45,6 +45,8 @@ class JobSpec:
     uri_prefix: str
     """Where the parent will put the files of `output`, ending in `/`; written into metadata."""
     bundle_max_bytes: int
+    model: Path | None = None
+    """The folder of a model that the parent has brought; `None`: the child finds it."""
     model_folders: tuple[Path, ...] = ()
     """Local folders that models may be loaded from."""
     allow_unsafe_models: bool = False

@@ -24,13 +24,10 @@ from huggingface_hub.errors import (
 
 from mistudio_schemas import ErrorCode
 from mistudio_train.errors import HubUnreachable, JobError, ModelRefused
+from mistudio_train.model_files import TOKENIZER_FILES, patterns
 
 ANSWER_SECONDS: Final = 5.0
 """The hub must answer within this; a request for an unknown model is refused within seconds."""
-TOKENIZER_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja")
-SAFE_FILES: Final = (*TOKENIZER_FILES, "model*.safetensors")
-"""No pickles, no code, no copies of the weights in other layouts."""
-UNSAFE_FILES: Final = ("*.py", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -69,7 +66,7 @@ def fetch(name: str, commit: str, token: str | None, *, allow_unsafe: bool = Fal
         ModelRefused, HubUnreachable: as `find`.
 
     """
-    return _fetched(name, commit, token, [*SAFE_FILES, *(UNSAFE_FILES if allow_unsafe else ())])
+    return _fetched(name, commit, token, patterns(allow_unsafe=allow_unsafe))
 
 
 def fetch_tokenizer(name: str, commit: str, token: str | None) -> Path:
@@ -82,9 +79,9 @@ def fetch_tokenizer(name: str, commit: str, token: str | None) -> Path:
     return _fetched(name, commit, token, list(TOKENIZER_FILES))
 
 
-def _fetched(name: str, commit: str, token: str | None, patterns: list[str]) -> Path:
+def _fetched(name: str, commit: str, token: str | None, wanted: list[str]) -> Path:
     folder = _spoken(
-        name, token, lambda: snapshot_download(name, revision=commit, allow_patterns=patterns, token=token or False)
+        name, token, lambda: snapshot_download(name, revision=commit, allow_patterns=wanted, token=token or False)
     )
     return Path(folder)
 

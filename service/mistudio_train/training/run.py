@@ -59,6 +59,7 @@ def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
             request.model_name,
             spec.model_commit or request.model_revision,
             folders=spec.model_folders,
+            brought=spec.model,
             token=spec.token,
             allow_unsafe=spec.allow_unsafe_models,
         )

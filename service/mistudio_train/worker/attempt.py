@@ -25,6 +25,8 @@ from .child_main import Job
 from .corpora import fetch_corpus
 from .devices import Devices
 from .intake import Intake
+from .model_cache import HeldModel
+from .models import fetch_model, is_in_a_bucket
 from .orders import Interrupted, Order
 from .outcome import completed, reused
 from .patience import patiently
@@ -70,6 +72,7 @@ class Attempt:
         self._earlier: TrainCompleted | None = None
         self._too_large: DiskLimit | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._model: HeldModel | None = None
         self._over, self._storing = False, threading.Lock()
 
     async def run(self) -> TrainCompleted:
@@ -89,6 +92,8 @@ class Attempt:
             raise
         finally:
             self._over = True
+            if self._model is not None:
+                self._model.release()
             for task in self._tasks:
                 task.cancel()
             # nothing is to be stored after what comes next, which may be the removal of all that was stored
@@ -98,6 +103,7 @@ class Attempt:
         await asyncio.to_thread(self._running.workspace.hold)
         await asyncio.to_thread(shutil.rmtree, self._workspace / "output", ignore_errors=True)
         corpus = await self._fetch_corpus()
+        self._model = await self._fetch_model()
         await self._restore()
         self._feed.say(message="waiting for a device")
         who = self._running.who(self._settings.worker_id)
@@ -113,6 +119,18 @@ class Attempt:
         self._feed.say(phase="fetching", message=f"fetching the corpus {self._request.corpus_file}")
         where = self._workspace / "corpus"
         return await patiently(lambda: fetch_corpus(self._request.corpus_file, where, self._settings, self._store))
+
+    async def _fetch_model(self) -> HeldModel | None:
+        name = self._request.model_name
+        if not is_in_a_bucket(name):
+            return None
+        self._feed.say(phase="fetching", message=f"fetching the model {name}")
+        return await patiently(lambda: fetch_model(name, self._settings, self._store, self._leave_if_over))
+
+    def _leave_if_over(self) -> None:
+        """In a thread that nobody waits for any more."""
+        if self._over:
+            raise Interrupted
 
     async def _restore(self) -> None:
         """An earlier attempt's checkpoints: those of this worker are here, those of another one in the store."""
@@ -228,8 +246,7 @@ class Attempt:
         loop = asyncio.get_running_loop()
 
         def on_progress(done: int, total: int) -> None:
-            if self._over:
-                raise Interrupted  # nobody waits for this thread any more
+            self._leave_if_over()
             share = CHILD_SHARE + (1 - CHILD_SHARE) * 0.9 * done / max(1, total)
             loop.call_soon_threadsafe(lambda: self._feed.say(progress=share))
 
@@ -255,6 +272,7 @@ class Attempt:
             lease=lease,
             uri_prefix=self._store.uri(self._claim.attempt_prefix),
             bundle_max_bytes=self._request.bundle_max_bytes or settings.bundle_max_bytes,
+            model=self._model.folder if self._model else None,
             model_folders=tuple(settings.local_model_folders),
             allow_unsafe_models=settings.allow_unsafe_models,
             workspace_max_bytes=settings.workspace_max_bytes,
