@@ -96,6 +96,9 @@ class CorpusInfo(Contract):
     rows: int
     """Rows of activations: texts when mean-pooled, tokens otherwise."""
     sha256: Sha256
+    """Of the file; of several files, of their hashes in order, a line each."""
+    commit: str | None = None
+    """Of a dataset of the hub."""
 
 
 class RowsInfo(Contract):

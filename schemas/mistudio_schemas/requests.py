@@ -61,7 +61,8 @@ class TrainRequested(Contract):
     model_revision: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     """Branch, tag or commit; resolved to a commit when the job begins and kept with the run."""
     corpus_file: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
-    """A name under the bucket's `corpora/`, an `s3://bucket/key`, or a path in a folder that the operator allows."""
+    """A name under the bucket's `corpora/`, an `s3://bucket/key`, a path in a folder that the operator allows, or a
+    dataset of the hub, `hf://datasets/owner/name[@revision][/path]`; the path is a file, a folder or a pattern."""
     corpus_column: Annotated[str, StringConstraints(max_length=256)] | None = None
     """The column of the texts in csv, json, jsonl or parquet; `null`: `text`, or the only column of strings."""
     corpus_holds: Literal["texts", "conversations"] = "texts"

@@ -37,8 +37,8 @@ class JobSpec:
     attempt: int
     request: TrainRequested
     """Without its token."""
-    corpus: Path
-    """The corpus file, local."""
+    corpus: Path | None
+    """The corpus file, local; `None`: a dataset of the hub, which the child fetches."""
     workspace: Path
     """The child's own folder, on a disk with room."""
     lease: Lease
@@ -64,6 +64,8 @@ class JobSpec:
     """Say which result it will be, before the work begins."""
     model_commit: str | None = None
     """What `model_revision` meant at the run's first attempt; `None`: it has not been resolved yet."""
+    corpus_commit: str | None = None
+    """The same of a dataset's revision."""
 
     @property
     def output(self) -> Path:
@@ -120,6 +122,13 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class DatasetFound:
+    """Child to parent: at which commit the hub's dataset is read."""
+
+    commit: str
+
+
+@dataclass(frozen=True)
 class Identified:
     """Child to parent: what the result will be the result of, as one name; said where the spec asks for it."""
 
@@ -173,7 +182,7 @@ class Failed:
     traceback: list[str] = field(default_factory=list)
 
 
-ChildMessage = Progress | Loaded | Identified | Saved | Warned | Finished | Left | Failed
+ChildMessage = Progress | Loaded | DatasetFound | Identified | Saved | Warned | Finished | Left | Failed
 Wish = Literal["stop", "leave"]
 """Parent to child: `stop`, train no more and deliver what there is; `leave`, save a checkpoint and end."""
 

@@ -97,7 +97,7 @@ class Settings(BaseSettings):
     stall_seconds: float = Field(600.0, gt=0)
     """A child that has not moved for this long is ended."""
     loading_stall_seconds: float = Field(3600.0, gt=0)
-    """The same while a model is downloaded or loaded."""
+    """The same while a model or a dataset is downloaded, or a model loaded."""
     grace_seconds: float = Field(25.0, gt=0)
     """Of a worker that is told to stop: time to save its jobs' checkpoints. Below the time after which it is killed."""
     checkpoint_seconds: float = Field(60.0, ge=0)

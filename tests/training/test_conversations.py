@@ -61,7 +61,7 @@ def tokens_in(one: JobSpec, name: str = "token_of_row.bin") -> list[int]:
 def reading(folder: Path, name: str, content: bytes, column: str | None = None) -> list[Any]:
     """What a template that repeats what it is given makes of a file."""
     (folder / "file").write_bytes(content)
-    texts = open_corpus(folder / "file", name, folder / "scratch", CorpusRules(column, render=json.dumps))
+    texts = open_corpus({name: folder / "file"}, folder / "scratch", CorpusRules(column, render=json.dumps))
     return [json.loads(text) for text in texts]
 
 
@@ -222,5 +222,5 @@ def test_empty_conversations_are_dropped_and_counted(tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"messages": []}\n{"messages": null}\n\n' + json.dumps(said("a")))
     tokenizer = transformers.AutoTokenizer.from_pretrained(chat_model(tmp_path / "model"))
     rules = CorpusRules(render=ChatTemplate(tokenizer, "m"))
-    texts = open_corpus(tmp_path / "c.jsonl", "c.jsonl", tmp_path / "scratch", rules)
+    texts = open_corpus({"c.jsonl": tmp_path / "c.jsonl"}, tmp_path / "scratch", rules)
     assert (list(texts), texts.dropped) == (["<s>user: a</s> "], Dropped(empty=3))

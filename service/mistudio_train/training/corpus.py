@@ -1,6 +1,6 @@
-"""A corpus file of any supported format becomes texts on the scratch disk; what is no text is refused with its place.
+"""A corpus of any supported format becomes texts on the scratch disk; what is no text is refused with its place.
 
-Reads one local file in one pass and holds no more than one row of it; knows no object store, no model and no torch.
+Reads local files in one pass and holds no more than one row of it; knows no object store, no model and no torch.
 """
 
 import codecs
@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +31,8 @@ CONVERSATIONS_HINT: Final = (
     "Give each conversation as a list of {role, content}, both texts, with roles that the model's template knows."
 )
 TEXTS_BETWEEN: Final = 1000
+FILES_NAMED: Final = 3
+"""Of a corpus of many files so many are named where none holds a text."""
 SAMPLE_ROWS: Final = 100
 """Rows of a csv file that are looked at to tell columns of numbers from columns of text."""
 
@@ -65,18 +67,16 @@ EVERY_TEXT: Final = CorpusRules()
 
 
 def open_corpus(
-    path: Path,
-    name: str,
+    files: Mapping[str, Path],
     scratch: Path,
     rules: CorpusRules = EVERY_TEXT,
     on_texts: Callable[[int], None] = lambda read: None,
 ) -> Texts:
-    """Read the corpus file at `path` into `scratch`, texts in the file's order; those that are dropped are counted.
+    """Read the files of a corpus into `scratch`, one after another and in order; texts that are dropped are counted.
 
     Args:
-        path: the local file.
-        name: how the requester calls the file; its suffix tells the format, and errors name it.
-        scratch: a folder for the texts, and for the unpacked file where a format needs one.
+        files: how the requester calls each, and where it is; the name's suffix tells the format, and errors have it.
+        scratch: a folder for the texts, and for an unpacked file where a format needs one.
         rules: what of it becomes a text.
         on_texts: told now and then how many were read.
 
@@ -85,27 +85,47 @@ def open_corpus(
         DiskFull: if the scratch disk has no room.
 
     """
-    source = Source(path, name, conversations=rules.render is not None)
-    reader = _reader_of(source)
+    sources = [Source(path, name, conversations=rules.render is not None) for name, path in files.items()]
     counts: Counter[str] = Counter()
-    with TextsWriter(scratch) as writer, source.reading():
-        for place, value in reader(source, rules.column, scratch):
-            text = _text_of(source, place, value, rules.render)
-            if reason := rules.reason_to_drop(text):
-                counts[reason] += 1
-                continue
-            if writer.count % TEXTS_BETWEEN == 0:
-                on_texts(writer.count)
-            try:
-                writer.append(text)
-            except UnicodeEncodeError as error:
-                raise source.refused(place, "half a surrogate pair, which is no character") from error
+    with TextsWriter(scratch) as writer:
+        for source in sources:
+            with source.reading():
+                _read(source, scratch, rules, writer, counts, on_texts)
     dropped = Dropped(**counts)
     if not writer.count:
-        raise _no_text(name, dropped)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Texts(scratch, dropped=dropped, sha256=digest)
+        raise _no_text(", ".join(list(files)[:FILES_NAMED]), dropped)
+    return Texts(scratch, dropped=dropped, sha256=_digest(list(files.values())))
+
+
+def _read(
+    source: Source,
+    scratch: Path,
+    rules: CorpusRules,
+    writer: TextsWriter,
+    counts: Counter[str],
+    on_texts: Callable[[int], None],
+) -> None:
+    reader = _reader_of(source)
+    for place, value in reader(source, rules.column, scratch):
+        text = _text_of(source, place, value, rules.render)
+        if reason := rules.reason_to_drop(text):
+            counts[reason] += 1
+            continue
+        if writer.count % TEXTS_BETWEEN == 0:
+            on_texts(writer.count)
+        try:
+            writer.append(text)
+        except UnicodeEncodeError as error:
+            raise source.refused(place, "half a surrogate pair, which is no character") from error
+
+
+def _digest(paths: list[Path]) -> str:
+    """Of the file's bytes; of several files of their digests in order."""
+    digests = []
+    for path in paths:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _no_text(name: str, dropped: Dropped) -> CorpusRefused:

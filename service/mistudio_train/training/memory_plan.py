@@ -207,7 +207,8 @@ def _buffer_bytes(d_in: int, spec: JobSpec) -> int:
     """Two buffers, or all rows where the corpus has so few bytes; of a packed one or conversations it may be any."""
     request, most = spec.request, 2 * spec.request.shuffle_bytes
     packed = request.corpus_file.lower().endswith((".gz", ".parquet")) or request.corpus_holds == "conversations"
-    tokens = most if packed else spec.corpus.stat().st_size if spec.corpus.exists() else 0
+    packed = packed or spec.corpus is None
+    tokens = most if packed else spec.corpus.stat().st_size if spec.corpus is not None and spec.corpus.exists() else 0
     return min(most, 4 * d_in * min(tokens, request.token_budget or tokens))
 
 

@@ -59,7 +59,7 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
     context = Context(
         spec=spec,
         info=job.source.info(job.sites.selected_layer),
-        corpus=extraction.corpus,
+        corpus=extraction.corpus.model_copy(update={"commit": job.corpus_commit}),
         texts=job.texts.first(extraction.corpus.texts),
         memory_optimizations=job.plan.memory_optimizations,
         device=torch.device(job.plan.device),
@@ -74,7 +74,7 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
     primary = sweep.written[0]
     return Finished(
         model_info=context.info,
-        corpus=extraction.corpus,
+        corpus=context.corpus,
         saes=[one.result for one in sweep.written],
         failed_saes=sweep.failures,
         training_stats=primary.training_results | primary.result.metrics.model_dump(mode="json"),

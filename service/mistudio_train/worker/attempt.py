@@ -15,14 +15,25 @@ from pydantic import SecretStr
 
 from mistudio_schemas import ArtifactRef, TrainCompleted, TrainRequested
 from mistudio_train.errors import ChildDied, DiskFull, DiskLimit, JobError, RequestRefused, StoreUnavailable
-from mistudio_train.messages import ChildMessage, Finished, Identified, JobSpec, Lease, LeftEarly, Loaded, Saved, Warned
+from mistudio_train.messages import (
+    ChildMessage,
+    DatasetFound,
+    Finished,
+    Identified,
+    JobSpec,
+    Lease,
+    LeftEarly,
+    Loaded,
+    Saved,
+    Warned,
+)
 from mistudio_train.settings import Settings
 
 from .artifacts import upload, write_manifest
 from .checkpoints import CheckpointUploads, restore
 from .child import Child
 from .child_main import Job
-from .corpora import fetch_corpus
+from .corpora import fetch_corpus, is_on_the_hub
 from .devices import Devices
 from .intake import Intake
 from .model_cache import HeldModel
@@ -115,7 +126,9 @@ class Attempt:
         warnings, seconds = self._feed.current.warnings, self._claim.record.age_seconds()
         return completed(who, finished, artifacts, manifest, warnings=warnings, seconds=seconds)
 
-    async def _fetch_corpus(self) -> Path:
+    async def _fetch_corpus(self) -> Path | None:
+        if is_on_the_hub(self._request.corpus_file):
+            return None
         self._feed.say(phase="fetching", message=f"fetching the corpus {self._request.corpus_file}")
         where = self._workspace / "corpus"
         return await patiently(lambda: fetch_corpus(self._request.corpus_file, where, self._settings, self._store))
@@ -213,6 +226,8 @@ class Attempt:
                 self._uploads.hear(message.number)
             case Loaded(commit=str(commit)) if self._claim.record.model_commit is None:
                 self._tasks.append(asyncio.create_task(self._keep_model_commit(commit)))
+            case DatasetFound(commit) if self._claim.record.corpus_commit is None:
+                self._tasks.append(asyncio.create_task(self._keep_corpus_commit(commit)))
             case Identified():
                 self._running.identity = message.identity
                 self._tasks.append(asyncio.create_task(self._look_for_result(message.identity)))
@@ -233,6 +248,12 @@ class Attempt:
         with contextlib.suppress(RunLost):
             ours = self._running.claim
             self._running.claim = await patiently(lambda: self._register.keep_model_commit(ours, commit))
+
+    async def _keep_corpus_commit(self, commit: str) -> None:
+        """The same of a dataset."""
+        with contextlib.suppress(RunLost):
+            ours = self._running.claim
+            self._running.claim = await patiently(lambda: self._register.keep_corpus_commit(ours, commit))
 
     async def _look_for_result(self, identity: str) -> None:
         """Before the child has done much: an earlier run may have been asked for the same."""
@@ -259,7 +280,7 @@ class Attempt:
         self._feed.say(phase="publishing", message="publishing the result")
         return artifacts, manifest
 
-    def _spec(self, corpus: Path, lease: Lease) -> JobSpec:
+    def _spec(self, corpus: Path | None, lease: Lease) -> JobSpec:
         settings, record = self._settings, self._claim.record
         limit = settings.memory_limit_bytes
         return JobSpec(
@@ -282,6 +303,7 @@ class Attempt:
             checkpoint_seconds=self._request.checkpoint_seconds or settings.checkpoint_seconds,
             identify=settings.reuse_results,
             model_commit=self._running.claim.record.model_commit,
+            corpus_commit=self._running.claim.record.corpus_commit,
         )
 
     def _hub_token(self, intake: Intake) -> SecretStr | None:
