@@ -186,6 +186,7 @@ class _Files:
                 ("position_of_row.bin", "<i4"), ("token_of_row.bin", "<i4"),
             )
         }  # fmt: skip
+        self._windows: list[tuple[int, int, int, int, bool]] = []
         self._pending: dict[str, list[Any]] = {name: [] for name in self._writers}
         self._pending["row_starts.bin"].append(np.zeros(1, "<i8"))
 
@@ -194,7 +195,7 @@ class _Files:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
-            self._write_windows(self._packing.rest() if self._packing else [])
+            self._windows += self._packing.rest() if self._packing else []
             self._flush()
         for writer in self._writers.values():
             writer.__exit__(kind, error, trace)
@@ -239,12 +240,7 @@ class _Files:
                 row += real
             self._pending["tokens.bin"].extend(tokens)
             self._ids_written += len(piece)
-            self._write_windows(windows)
-
-    def _write_windows(self, windows: list[Any]) -> None:
-        if windows:
-            self._pending["windows.bin"].append(np.array(windows, WINDOW))
-        self.window_count += len(windows)
+            self._windows += windows
 
     def _add_rows(self, number: int, pieces: list[NDArray[Any]], reals: list[NDArray[Any]], real: int) -> None:
         if self.rules.pooling == "mean":
@@ -261,6 +257,10 @@ class _Files:
         self.rows += rows
 
     def _flush(self) -> None:
+        if self._windows:
+            self._pending["windows.bin"].append(np.array(self._windows, WINDOW))
+            self.window_count += len(self._windows)
+            self._windows = []
         for name, parts in self._pending.items():
             if parts:
                 self._writers[name].append(np.concatenate(parts))

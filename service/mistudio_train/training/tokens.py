@@ -4,6 +4,7 @@ Knows no tokenizer and no model; `tokenization` makes one.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -71,7 +72,11 @@ class Rules:
     def _own(self, ids_T: NDArray[np.int32]) -> NDArray[np.bool_]:
         if not self.no_rows:
             return np.ones(len(ids_T), bool)
-        return np.isin(ids_T, np.fromiter(self.no_rows, "<i4"), invert=True)
+        return np.isin(ids_T, self._no_rows, invert=True)
+
+    @cached_property
+    def _no_rows(self) -> NDArray[np.int32]:
+        return np.fromiter(sorted(self.no_rows), "<i4")
 
 
 @dataclass(frozen=True)
