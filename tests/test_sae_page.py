@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 from mistudio_schemas import KINDS, SAEConfig, SAEFields, ScheduledFields, TrainRequested
 
 ROW_FIELDS = (
-    "pooling", "max_sequence_length", "include_special_tokens", "token_budget", "held_out", "left_out",
+    "pooling", "max_sequence_length", "packing", "include_special_tokens", "token_budget", "held_out", "left_out",
     "high_norm_ratio", "shuffle_bytes", "cross_entropy_tokens",
 )  # fmt: skip
 """Of the request: which rows there are, which are trained on, and which the SAEs are judged by."""

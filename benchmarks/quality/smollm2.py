@@ -103,7 +103,7 @@ def build(folder: Path) -> None:
     """Extract the rows, tell them apart, and measure the model without an SAE."""
     corpus, scratch = folder / "corpus.txt", folder / "scratch"
     write_corpus(corpus, [*_help_texts(), *_evenly(_bible(), BIBLE)])
-    texts = open_corpus(corpus, None, corpus.name, scratch)
+    texts = open_corpus({corpus.name: corpus}, scratch)
     request = _request(corpus)
     with torch.inference_mode():
         model = load(_source(), PLAN, [SITE])

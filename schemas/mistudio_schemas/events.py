@@ -75,16 +75,30 @@ class CorpusInfo(Contract):
     texts: int
     """Texts used."""
     texts_dropped: int = 0
-    """Empty ones."""
+    """Texts that are not used, for any of the next three reasons."""
+    texts_empty: int = 0
+    """Dropped because they are empty or blank."""
+    texts_too_short: int = 0
+    """Dropped because they have fewer characters than `min_text_characters`."""
+    texts_too_long: int = 0
+    """Dropped because they have more characters than `max_text_characters`."""
+    texts_beyond_budget: int = 0
+    """Not used because the token budget was used up before them; not among `texts_dropped`."""
+    texts_truncated: int = 0
+    """Used, but cut at the length limit (mean pooling only)."""
     tokens: int
     """Real tokens that went through the model."""
     tokens_truncated: int = 0
     """Tokens beyond the length limit, not seen (mean pooling only)."""
     windows: int = 0
-    """Pieces that the texts were split into (token pooling; equal to `texts` when none was longer than the limit)."""
+    """Sequences that went through the model: pieces of texts (token pooling; equal to `texts` when none was longer than
+    the limit), or several texts in each (`packing`)."""
     rows: int
     """Rows of activations: texts when mean-pooled, tokens otherwise."""
     sha256: Sha256
+    """Of the file; of several files, of their hashes in order, a line each."""
+    commit: str | None = None
+    """Of a dataset of the hub."""
 
 
 class RowsInfo(Contract):

@@ -56,13 +56,22 @@ class TrainRequested(Contract):
     job_id: JobId | None = None
     """Names the job everywhere. Clients make one; a raw message without one gets one from its place in the topic."""
     model_name: Annotated[str, StringConstraints(min_length=1, max_length=512)]
-    """A Hugging Face model (`microsoft/Phi-4`), or a folder that the worker's operator allows."""
+    """A Hugging Face model (`microsoft/Phi-4`), an `s3://bucket/path` of a model's folder, or a folder on the worker's
+    disk; of buckets and folders those that the worker's operator allows."""
     model_revision: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
     """Branch, tag or commit; resolved to a commit when the job begins and kept with the run."""
     corpus_file: Annotated[str, StringConstraints(min_length=1, max_length=1024)]
-    """A name under the bucket's `corpora/`, an `s3://bucket/key`, or a path in a folder that the operator allows."""
+    """A name under the bucket's `corpora/`, an `s3://bucket/key`, a path in a folder that the operator allows, or a
+    dataset of the hub, `hf://datasets/owner/name[@revision][/path]`; the path is a file, a folder or a pattern."""
     corpus_column: Annotated[str, StringConstraints(max_length=256)] | None = None
     """The column of the texts in csv, json, jsonl or parquet; `null`: `text`, or the only column of strings."""
+    corpus_holds: Literal["texts", "conversations"] = "texts"
+    """`conversations`: each row of a json, jsonl or parquet is a list of {role, content}, by default in the column
+    `messages`, and its text is what the chat template of the model's tokenizer makes of it."""
+    min_text_characters: int | None = Field(None, ge=1)
+    """Texts of fewer characters are dropped and counted; `null`: only those that are empty or blank."""
+    max_text_characters: int | None = Field(None, ge=1)
+    """Texts of more characters are dropped, not cut, and counted; `null`: none is too long."""
     layer_number: int = DEFAULT_LAYER
     """Block to read, counted from 0. The default becomes the last block of a shallower model, with a warning."""
     hook_site: HookSite = "resid_post"
@@ -90,8 +99,11 @@ class TrainRequested(Contract):
     """Tokens a text (mean pooling) or a window (token pooling) at most, special tokens included."""
     pooling: Literal["mean", "token"] = "mean"
     """`mean`: one row a text, the mean over its real tokens. `token`: one row a token, special tokens excluded."""
+    packing: bool = False
+    """Token pooling only: join the texts, with a special token between two, into windows of full length, as pretraining
+    does. Each row is still one of its own text; what stands between texts is no row."""
     include_special_tokens: bool = False
-    """Let the special tokens that the tokenizer adds count as real tokens."""
+    """Let the special tokens that the tokenizer or its chat template adds count as real tokens."""
     token_budget: int | None = Field(None, ge=1)
     """Extract at most about this many tokens; whole texts, in the corpus' order."""
     held_out: float | None = Field(None, ge=0, le=0.5)
@@ -179,6 +191,21 @@ class TrainRequested(Contract):
         if not 4 <= value <= top:
             raise ValueError(f"Maximum sequence length must be between 4 and {top}")
         return value
+
+    @model_validator(mode="after")
+    def _some_length(self) -> Self:
+        least, most = self.min_text_characters, self.max_text_characters
+        if least is not None and most is not None and least > most:
+            raise ValueError(f"min_text_characters must be at most max_text_characters ({least} > {most})")
+        return self
+
+    @model_validator(mode="after")
+    def _packing(self) -> Self:
+        if self.packing and self.pooling == "mean":
+            raise ValueError("packing needs pooling: token, as a window of several texts has no mean of one")
+        if self.packing and self.include_special_tokens:
+            raise ValueError("packing needs include_special_tokens: false, as those between two texts belong to none")
+        return self
 
     @model_validator(mode="after")
     def _several_saes(self, info: ValidationInfo) -> Self:

@@ -37,14 +37,16 @@ class JobSpec:
     attempt: int
     request: TrainRequested
     """Without its token."""
-    corpus: Path
-    """The corpus file, local."""
+    corpus: Path | None
+    """The corpus file, local; `None`: a dataset of the hub, which the child fetches."""
     workspace: Path
     """The child's own folder, on a disk with room."""
     lease: Lease
     uri_prefix: str
     """Where the parent will put the files of `output`, ending in `/`; written into metadata."""
     bundle_max_bytes: int
+    model: Path | None = None
+    """The folder of a model that the parent has brought; `None`: the child finds it."""
     model_folders: tuple[Path, ...] = ()
     """Local folders that models may be loaded from."""
     allow_unsafe_models: bool = False
@@ -64,6 +66,8 @@ class JobSpec:
     """What `model_revision` meant at the run's first attempt; `None`: it has not been resolved yet."""
     tell_log: bool = False
     """Say every line of the training logs."""
+    corpus_commit: str | None = None
+    """The same of a dataset's revision."""
 
     @property
     def output(self) -> Path:
@@ -117,6 +121,13 @@ class Loaded:
     model_info: ModelInfo
     commit: str | None = None
     """Of the model's repository; `None` for a folder."""
+
+
+@dataclass(frozen=True)
+class DatasetFound:
+    """Child to parent: at which commit the hub's dataset is read."""
+
+    commit: str
 
 
 @dataclass(frozen=True)
@@ -186,7 +197,7 @@ class Failed:
     traceback: list[str] = field(default_factory=list)
 
 
-ChildMessage = Progress | Loaded | Identified | Saved | Logged | Warned | Finished | Left | Failed
+ChildMessage = Progress | Loaded | DatasetFound | Identified | Saved | Logged | Warned | Finished | Left | Failed
 Wish = Literal["stop", "leave"]
 """Parent to child: `stop`, train no more and deliver what there is; `leave`, save a checkpoint and end."""
 

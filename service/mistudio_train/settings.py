@@ -71,7 +71,7 @@ class Settings(BaseSettings):
     """Put before every key in the bucket."""
 
     data_path: Path = Path("/data")
-    """Base of the worker's disk: `samples/` (local corpora), `cache/` (workspaces)."""
+    """Base of the worker's disk: `samples/` (local corpora), `cache/` (workspaces, models)."""
     api_host: str = "0.0.0.0"
     api_port: int = Field(8001, ge=0, le=65535)
     """Health, metrics and GPU status; 0: a free one."""
@@ -94,6 +94,10 @@ class Settings(BaseSettings):
     """Folders that requests may load models from; a JSON list."""
     corpus_buckets: list[str] = []
     """Buckets that `s3://` corpora may come from, besides the worker's own; a JSON list."""
+    model_buckets: list[str] = []
+    """Buckets that `s3://` models may come from, besides the worker's own; a JSON list."""
+    model_cache_max_bytes: int = Field(100 * GIB, ge=1)
+    """Of the disk below `DATA_PATH` that models from buckets may take together, for all workers on it."""
     allow_unsafe_models: bool = False
     """Load models with pickled weights. Whoever may write a request could then run code on the worker."""
     hf_token: SecretStr | None = None
@@ -103,7 +107,7 @@ class Settings(BaseSettings):
     stall_seconds: float = Field(600.0, gt=0)
     """A child that has not moved for this long is ended."""
     loading_stall_seconds: float = Field(3600.0, gt=0)
-    """The same while a model is downloaded or loaded."""
+    """The same while a model or a dataset is downloaded, or a model loaded."""
     grace_seconds: float = Field(25.0, gt=0)
     """Of a worker that is told to stop: time to save its jobs' checkpoints. Below the time after which it is killed."""
     checkpoint_seconds: float = Field(60.0, ge=0)
@@ -173,6 +177,11 @@ class Settings(BaseSettings):
     def wandb_folder(self) -> Path:
         """The folder that W&B writes in."""
         return self.wandb_dir or self.data_path
+
+    @property
+    def model_cache(self) -> Path:
+        """The folder of models from buckets, which jobs and workers on this disk share."""
+        return self.data_path / "cache" / "models"
 
     def hub_token(self, name: str | None) -> SecretStr | None:
         """The hub's token of that name, from `HF_TOKEN_<NAME>`; the worker's own when no name is given.

@@ -70,8 +70,8 @@ def corpus_texts() -> list[str]:
     return [one for one in paragraphs if 40 < len(one) < 400][:160]
 
 
-def jobs(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name to request; models are folders."""
+def jobs(folder: Path, bucket: str) -> dict[str, dict[str, Any]]:
+    """Name to request; models are folders, and one lies in the bucket."""
     decoder, encoder = str(folder / "llama"), str(folder / "bert")
     base: dict[str, Any] = {
         "corpus_file": "corpus.txt",
@@ -94,6 +94,9 @@ def jobs(folder: Path) -> dict[str, dict[str, Any]]:
         "three-saes": base | {"model_name": decoder, "pooling": "token", "saes": saes},
         "default-layer": {key: value for key, value in base.items() if key != "layer_number"} | {"model_name": decoder},
         "same-again": base | {"model_name": decoder},
+        "from-the-bucket": base
+        | {"model_name": f"s3://{bucket}/models/llama", "corpus_file": f"s3://{bucket}/corpora/corpus.txt"},
+        "no-bucket-model": base | {"model_name": f"s3://{bucket}/models/lama"},
         "layer-out-of-range": base | {"model_name": decoder, "layer_number": LAYERS},
         "no-corpus": base | {"model_name": decoder, "corpus_file": "corpse.txt"},
         "no-model": base | {"model_name": "nobody/has-this-model"},
@@ -114,6 +117,8 @@ def prepare(folder: Path, store: Store) -> None:
     (wide / "config.json").write_text(json.dumps(config))
     (folder / "corpus.txt").write_text("\n".join(corpus_texts()) + "\n\n")
     (folder / "latin.txt").write_bytes("good\ncaf\u00e9\n".encode("latin-1"))
+    for path in (folder / "llama").iterdir():
+        store.put_file(f"models/llama/{path.name}", path)
     for name in ("corpus.txt", "latin.txt"):
         put_corpus(store, name, folder / name)
 
@@ -170,7 +175,7 @@ async def world(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Async
         environment.setenv("HF_HUB_OFFLINE", "1")
         store = open_store(settings)
         await asyncio.to_thread(prepare, folder, store)
-        wanted = jobs(folder)
+        wanted = jobs(folder, name)
         with printed() as said:
             records = await observe(settings, wanted)
         yield World(settings, store, folder, outcomes_of(wanted, records), records, said.getvalue())

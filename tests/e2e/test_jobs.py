@@ -23,6 +23,7 @@ COMPLETED = [
     "default-layer",
     "same-again",
     "with-token",
+    "from-the-bucket",
 ]
 FILES = {
     "feature_activations.pt",
@@ -73,6 +74,17 @@ async def test_the_bundle_lines_up_with_the_corpus(world: World) -> None:
     assert acts_NF.shape == (len(corpus_texts()), 64)
     expected = torch.relu(x_ND @ model["encoder.weight"].T + model["encoder.bias"])
     torch.testing.assert_close(acts_NF, expected)
+
+
+async def test_a_model_and_a_corpus_from_a_bucket_give_the_same_weights_as_from_a_folder(world: World) -> None:
+    weights = []
+    for job in ("decoder-mean-standard", "from-the-bucket"):
+        done = world.outcomes[job].completed
+        weights += [one.sha256 for one in done.artifacts if one.name == "sae/sae_weights.safetensors"]
+    assert len(weights) == 2
+    assert len(set(weights)) == 1
+    info = world.outcomes["from-the-bucket"].completed.model_info
+    assert info.actual_model_loaded == info.model_name == f"s3://{world.settings.minio_bucket}/models/llama"
 
 
 async def test_a_topk_bundle_keeps_k_features_a_row(world: World) -> None:
@@ -149,6 +161,7 @@ async def test_the_same_request_gives_the_same_weights(world: World) -> None:
         ("layer-out-of-range", ErrorCode.REQUEST_LAYER_OUT_OF_RANGE, "0..5", "0..5"),
         ("no-corpus", ErrorCode.CORPUS_NOT_FOUND, "corpse.txt", "corpus.txt"),
         ("no-model", ErrorCode.MODEL_NOT_FOUND, "nobody/has-this-model", ""),
+        ("no-bucket-model", ErrorCode.MODEL_NOT_FOUND, "models/lama", "Check bucket and path"),
         ("foreign-model", ErrorCode.MODEL_NOT_ALLOWED, "", ""),
         ("too-wide", ErrorCode.REQUEST_OUT_OF_RANGE, "Hidden dimension too large (max 32768)", "Correct the field"),
         ("too-large", ErrorCode.MEMORY_INSUFFICIENT, "GiB", "Lower"),

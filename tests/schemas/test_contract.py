@@ -10,6 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from mistudio_schemas import (
+    CorpusInfo,
     ErrorCode,
     Limits,
     StandardSAE,
@@ -87,6 +88,29 @@ def test_the_edges_of_the_ranges_are_allowed(field: str) -> None:
     edges = {"layer_number": (0, 48), "hidden_dim": (64, 32768), "batch_size": (1, 128), "max_epochs": (1, 100_000)}
     for value in edges[field]:
         assert getattr(TrainRequested.model_validate(SEED | {field: value}), field) == value
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"min_text_characters": 0}, "greater than or equal to 1"),
+        ({"max_text_characters": 0}, "greater than or equal to 1"),
+        ({"packing": True}, "packing needs pooling: token"),
+        ({"packing": True, "pooling": "token", "include_special_tokens": True}, "include_special_tokens: false"),
+        ({"min_text_characters": 10, "max_text_characters": 9}, "at most max_text_characters (10 > 9)"),
+    ],
+)
+def test_what_no_corpus_can_give_is_refused(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        TrainRequested.model_validate(SEED | fields)
+    assert said in caught.value.errors()[0]["msg"]
+
+
+def test_counts_of_an_earlier_version_can_be_read_and_those_of_this_one_by_earlier_readers() -> None:
+    earlier = {"texts": 3, "texts_dropped": 2, "tokens": 9, "rows": 3, "sha256": "0" * 64}
+    assert CorpusInfo.model_validate(earlier).texts_too_short == 0
+    written = CorpusInfo.model_validate(earlier | {"texts_empty": 1, "texts_too_long": 1}).model_dump()
+    assert {name: written[name] for name in earlier} == earlier
 
 
 def test_an_operator_can_widen_the_limits() -> None:

@@ -72,7 +72,7 @@ def texts_of(folder: Path, texts: Sequence[str]) -> Texts:
     """The texts as a corpus, by way of a file."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "corpus.txt").write_text("\n".join(texts))
-    return open_corpus(folder / "corpus.txt", None, "corpus.txt", folder / "texts")
+    return open_corpus({"corpus.txt": folder / "corpus.txt"}, folder / "texts")
 
 
 def spec_of(folder: Path, workspace: Path, *, memory: int | None = None, **fields: Any) -> JobSpec:

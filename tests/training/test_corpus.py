@@ -15,8 +15,8 @@ from pyarrow import parquet
 from mistudio_schemas import ErrorCode
 from mistudio_train.errors import CorpusRefused
 from mistudio_train.training import corpus
-from mistudio_train.training.corpus import open_corpus
-from mistudio_train.training.texts import Texts
+from mistudio_train.training.corpus import CorpusRules, open_corpus
+from mistudio_train.training.texts import Dropped, Texts
 
 EXPECTED = ["one", 'two, "2"', "três\tお"]
 
@@ -52,7 +52,7 @@ def refused(folder: Path, name: str, content: bytes, column: str | None = None) 
 def read(folder: Path, name: str, content: bytes, column: str | None = None) -> Texts:
     path = folder / "corpus"
     path.write_bytes(content)
-    return open_corpus(path, column, name, folder / "scratch")
+    return open_corpus({name: path}, folder / "scratch", CorpusRules(column))
 
 
 @pytest.mark.parametrize("pack", [lambda b: b, gzip.compress], ids=["plain", "gzip"])
@@ -64,7 +64,7 @@ def test_every_format_gives_its_texts_in_order_and_counts_the_empty_ones(
     texts = read(tmp_path, name if content == FILES[name] else f"{name}.gz", content)
     assert list(texts) == EXPECTED
     assert [texts[i] for i in (2, 0, 1)] == [EXPECTED[i] for i in (2, 0, 1)]
-    assert (len(texts), texts.dropped) == (3, 2)
+    assert (len(texts), texts.dropped) == (3, Dropped(empty=2))
     assert texts.sha256 == hashlib.sha256(content).hexdigest()
 
 
@@ -180,7 +180,7 @@ def test_reading_a_corpus_imports_no_torch(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
     code = (
         "import sys; from pathlib import Path; from mistudio_train.training.corpus import open_corpus;"
-        f"open_corpus(Path({str(tmp_path / 'a.txt')!r}), None, 'a.txt', Path({str(tmp_path / 's')!r}));"
+        f"open_corpus({{'a.txt': Path({str(tmp_path / 'a.txt')!r})}}, Path({str(tmp_path / 's')!r}));"
         "sys.exit('torch' in sys.modules or 'pyarrow' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -191,7 +191,7 @@ def test_a_file_that_may_not_be_read_is_refused_with_what_to_do(unprivileged: Pa
     path = unprivileged / name
     path.touch(0)
     with pytest.raises(CorpusRefused, match=f"may not read {name}") as caught:
-        open_corpus(path, None, name, unprivileged / "scratch")
+        open_corpus({name: path}, unprivileged / "scratch")
     assert caught.value.code is ErrorCode.CORPUS_NOT_ALLOWED
     assert "Let its user read" in caught.value.hint
 
@@ -205,7 +205,7 @@ def test_a_damaged_parquet_file_is_a_corpus_that_cannot_be_read(tmp_path: Path) 
             good[:at] + bytes(byte ^ 0xFF for byte in good[at : at + 16]) + good[at + 16 :]
         )
         try:
-            open_corpus(tmp_path / "p.parquet", None, "p.parquet", tmp_path / f"scratch-{at}")
+            open_corpus({"p.parquet": tmp_path / "p.parquet"}, tmp_path / f"scratch-{at}")
         except CorpusRefused:
             refused += 1
     assert refused > 20
@@ -214,13 +214,42 @@ def test_a_damaged_parquet_file_is_a_corpus_that_cannot_be_read(tmp_path: Path) 
 def test_reading_says_how_far_it_is(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text\n" * 5000)
     said: list[int] = []
-    open_corpus(tmp_path / "a.txt", None, "a.txt", tmp_path / "scratch", said.append)
+    open_corpus({"a.txt": tmp_path / "a.txt"}, tmp_path / "scratch", on_texts=said.append)
     assert said == [0, 1000, 2000, 3000, 4000]
 
 
 def test_long_texts_are_not_read_many_at_once(tmp_path: Path) -> None:
     lines = ["x" * (3 * 1024**2), "short", "y" * (3 * 1024**2), "z" * (6 * 1024**2), "end"]
     (tmp_path / "a.txt").write_text("\n".join(lines))
-    texts = open_corpus(tmp_path / "a.txt", None, "a.txt", tmp_path / "scratch")
+    texts = open_corpus({"a.txt": tmp_path / "a.txt"}, tmp_path / "scratch")
     assert list(texts) == lines
     assert list(texts.first(2)) == lines[:2]
+
+
+LENGTHS = ["a", "bb", "", "ccc", "dddd", "  ", "eé☃𝄞", "fffff"]
+
+
+@pytest.mark.parametrize(
+    ("least", "most", "kept", "dropped"),
+    [
+        (None, None, ["a", "bb", "ccc", "dddd", "eé☃𝄞", "fffff"], Dropped(empty=2)),
+        (3, None, ["ccc", "dddd", "eé☃𝄞", "fffff"], Dropped(empty=2, too_short=2)),
+        (None, 3, ["a", "bb", "ccc"], Dropped(empty=2, too_long=3)),
+        (2, 4, ["bb", "ccc", "dddd", "eé☃𝄞"], Dropped(empty=2, too_short=1, too_long=1)),
+    ],
+)
+def test_texts_outside_the_asked_lengths_in_characters_are_dropped_and_counted_by_reason(
+    tmp_path: Path, least: int | None, most: int | None, kept: list[str], dropped: Dropped
+) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(LENGTHS))
+    texts = open_corpus({"a.txt": tmp_path / "a.txt"}, tmp_path / "scratch", CorpusRules(None, least, most))
+    assert (list(texts), texts.dropped) == (kept, dropped)
+    assert len(texts) + texts.dropped.total == len(LENGTHS)
+
+
+def test_a_filter_that_keeps_nothing_is_refused_with_the_counts_and_what_to_change(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(LENGTHS))
+    with pytest.raises(CorpusRefused, match=r"2 empty, 5 too short, 1 too long") as caught:
+        open_corpus({"a.txt": tmp_path / "a.txt"}, tmp_path / "scratch", CorpusRules(None, 5, 4))
+    assert caught.value.code is ErrorCode.CORPUS_EMPTY
+    assert "min_text_characters" in caught.value.hint

@@ -44,6 +44,11 @@ def test_everything_else_counts() -> None:
         {"hidden_dim": 128},
         {"sae": {"kind": "topk", "k": 4}},
         {"pooling": "token"},
+        {"corpus_column": "body"},
+        {"corpus_holds": "conversations"},
+        {"pooling": "token", "packing": True},
+        {"min_text_characters": 9},
+        {"max_text_characters": 9},
     ]
     found = {identity(request(**fields)) for fields in others}
     found |= {identity(request()), identity(request(), commit="def"), identity(request(), corpus="1" * 64)}

@@ -133,3 +133,27 @@ def test_memory_that_runs_out_in_training_can_be_tried_again(
         job(spec(model_folder("llama"), tmp_path / "job", TEXTS))
     assert caught.value.retryable
     assert "Lower hidden_dim" in caught.value.hint
+
+
+def test_what_is_kept_cut_and_dropped_is_counted_by_reason_in_the_event_and_the_metadata(
+    model_folder: Folder, tmp_path: Path
+) -> None:
+    texts = ["", "ab", *TEXTS[:10], "x" * 500, " ".join(["the cat sat on"] * 30)]
+    fields = {"min_text_characters": 3, "max_text_characters": 480, "max_sequence_length": 16}
+    one = spec(model_folder("llama"), tmp_path / "job", texts, **fields)
+    corpus = job(one)[0].corpus
+    assert (corpus.texts, corpus.texts_dropped) == (11, 3)
+    assert (corpus.texts_empty, corpus.texts_too_short, corpus.texts_too_long) == (1, 1, 1)
+    assert 1 <= corpus.texts_truncated <= 11
+    assert (corpus.tokens_truncated > 0, corpus.texts_beyond_budget) == (True, 0)
+    written = json.loads((one.output / "metadata.json").read_text())["data_info"]
+    assert written["corpus"] == corpus.model_dump(mode="json")
+    assert written["text_count"] == 11
+
+
+def test_texts_that_a_token_budget_leaves_out_are_counted_and_no_dropped_ones(
+    model_folder: Folder, tmp_path: Path
+) -> None:
+    corpus = job(spec(model_folder("llama"), tmp_path / "job", ["", *TEXTS], token_budget=200))[0].corpus
+    assert (corpus.texts_dropped, corpus.texts_empty) == (1, 1)
+    assert corpus.texts_beyond_budget == len(TEXTS) - corpus.texts > 0

@@ -13,7 +13,8 @@ from mistudio_schemas import TrainRequested
 from mistudio_train.training.activations import ActivationStore, ActivationWriter, Layout
 from mistudio_train.training.selection import FIRST_TOKEN, HELD_OUT, HIGH_NORM, Selection, hold_out, select
 from mistudio_train.training.texts import Texts, TextsWriter
-from mistudio_train.training.tokens import Frame, Rules, Tokens, tokenize
+from mistudio_train.training.tokenization import tokenize
+from mistudio_train.training.tokens import Frame, Rules, Tokens
 
 WIDTH = 4
 SINKS = (5, 17)

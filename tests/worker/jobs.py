@@ -17,6 +17,7 @@ from mistudio_schemas import CorpusInfo, ModelInfo, Phase, SAEMetrics, SAEResult
 from mistudio_train.errors import CorpusRefused
 from mistudio_train.messages import (
     ChildMessage,
+    DatasetFound,
     Finished,
     Identified,
     JobSpec,
@@ -141,6 +142,18 @@ def trains_and_keeps(spec: JobSpec, parent: Parent) -> Finished:
     finished = train(spec, parent)
     shutil.copytree(spec.workspace, spec.workspace.parents[3] / "kept" / spec.job_id)
     return finished
+
+
+def finds_a_dataset(spec: JobSpec, send: Send) -> Finished:
+    """Dies after it has said its commit; at the next attempt it must have been told that."""
+    if spec.corpus is not None:
+        raise CorpusRefused("the parent has brought a corpus of the hub", "It is the child's.")
+    if spec.corpus_commit is None:
+        send(DatasetFound("a" * 40))
+        threading.Event().wait(2.0)
+        os._exit(3)
+    done = works(spec, send)
+    return replace(done, corpus=done.corpus.model_copy(update={"commit": spec.corpus_commit}))
 
 
 def outlives(spec: JobSpec, send: Send) -> Finished:

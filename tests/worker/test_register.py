@@ -52,6 +52,7 @@ class TestLifecycle:
         assert claim.key == "jobs/job/runs/1/run.json"
         assert claim.attempt_prefix == "jobs/job/runs/1/a1/"
         claim = register.keep_model_commit(claim, "abc")
+        claim = register.keep_corpus_commit(register.keep_corpus_commit(claim, "def"), "later")
         event = failed()
         claim = register.finish(claim, event, PLACE)
         assert (claim.record.state, claim.record.published, outcomes(claim)) == ("failed", False, ["ended"])
@@ -60,7 +61,7 @@ class TestLifecycle:
         assert found == claim
         assert found.ended() == (event, PLACE)
         assert found.record.published
-        assert found.record.model_commit == "abc"
+        assert (found.record.model_commit, found.record.corpus_commit) == ("abc", "def")
         assert [found.key for found in store.list("")] == [claim.key]
 
     def test_an_attempt_that_failed_keeps_its_reason(self, register: Register) -> None:

@@ -126,6 +126,15 @@ async def test_a_child_that_dies_is_tried_again_up_to_the_limit(settings: Settin
     assert failed.traceback[-1] == "the last line before the end"
 
 
+async def test_a_dataset_of_the_hub_is_the_childs_and_its_commit_is_kept_for_the_next_attempt(
+    settings: Settings,
+) -> None:
+    asked = request("job-1", settings, corpus_file="hf://datasets/owner/name@main/data")
+    (done,) = await ends_of(settings, jobs.finds_a_dataset, 1, asked)
+    assert isinstance(done, TrainCompleted), done
+    assert (done.attempt, done.corpus.commit) == (2, "a" * 40)
+
+
 async def test_a_run_whose_workers_died_as_often_as_it_may_fail_is_given_up(settings: Settings) -> None:
     asked = request("job-1", settings)
     await publish(settings, asked | {"partition": 0, "timestamp_ms": 1_700_000_000_000})

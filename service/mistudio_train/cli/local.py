@@ -34,7 +34,8 @@ class LocalJob:
 
     job_id: str
     request: TrainRequested
-    corpus: Path
+    corpus: Path | None
+    """`None`: a dataset of the hub."""
     to: Path
     """The folder of the results, absolute and there."""
     settings: Settings

@@ -63,7 +63,7 @@ def run(
 
 
 def _train(
-    settings: Settings, request: TrainRequested, corpus: Path, to: Path, sinks: "Sinks", as_json: bool
+    settings: Settings, request: TrainRequested, corpus: Path | None, to: Path, sinks: "Sinks", as_json: bool
 ) -> TrainCompleted | TrainFailed:
     from .local import LocalJob, train_here
 
@@ -90,7 +90,10 @@ def _train(
         raise typer.Exit(Exit.INTERRUPTED) from None
 
 
-def _corpus(name: str, folder: Path) -> Path:
+def _corpus(name: str, folder: Path) -> Path | None:
+    """The local file; `None`: a dataset of the hub."""
+    if name.startswith("hf://"):
+        return None
     path = (folder / Path(name).expanduser()).resolve()
     if not path.is_file():
         raise CliError(f"there is no corpus {path}", "Name a local file in corpus_file, or its --corpus-folder.")

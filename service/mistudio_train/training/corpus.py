@@ -1,6 +1,6 @@
-"""A corpus file of any supported format becomes texts on the scratch disk; what is no text is refused with its place.
+"""A corpus of any supported format becomes texts on the scratch disk; what is no text is refused with its place.
 
-Reads one local file in one pass and holds no more than one row of it; knows no object store, no model and no torch.
+Reads local files in one pass and holds no more than one row of it; knows no object store, no model and no torch.
 """
 
 import codecs
@@ -8,7 +8,9 @@ import csv
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,27 +19,65 @@ from mistudio_train.errors import CorpusRefused
 
 from .parquet import parquet_texts
 from .source import Place, Source
-from .texts import Texts, TextsWriter
+from .texts import Dropped, Texts, TextsWriter
 
 MAX_LINE_BYTES: Final = 16 * 1024**2
 """A longer line is no text; without a bound one binary file would fill the memory."""
 MAX_JSON_BYTES: Final = 64 * 1024**2
 """A `.json` file is parsed as a whole, so it must be small; `.jsonl` has no limit."""
+FLAT: Final = (".txt", ".csv")
+"""Formats whose fields are texts and nothing else."""
+CONVERSATIONS_HINT: Final = (
+    "Give each conversation as a list of {role, content}, both texts, with roles that the model's template knows."
+)
 TEXTS_BETWEEN: Final = 1000
+FILES_NAMED: Final = 3
+"""Of a corpus of many files so many are named where none holds a text."""
 SAMPLE_ROWS: Final = 100
 """Rows of a csv file that are looked at to tell columns of numbers from columns of text."""
 
 
+Render = Callable[[Any], str]
+"""The text of a conversation; raises ValueError, saying what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class CorpusRules:
+    """What of a corpus becomes a text."""
+
+    column: str | None = None
+    """Of csv, json, jsonl and parquet; `None`: `text`, or the only one that holds strings."""
+    min_characters: int | None = None
+    max_characters: int | None = None
+    render: Render | None = None
+    """Makes the text of a conversation; `None`: the corpus holds texts."""
+
+    def reason_to_drop(self, text: str) -> str | None:
+        """A field of `Dropped`; `None`: the text is kept."""
+        if not text or text.isspace():
+            return "empty"
+        if self.min_characters is not None and len(text) < self.min_characters:
+            return "too_short"
+        if self.max_characters is not None and len(text) > self.max_characters:
+            return "too_long"
+        return None
+
+
+EVERY_TEXT: Final = CorpusRules()
+
+
 def open_corpus(
-    path: Path, column: str | None, name: str, scratch: Path, on_texts: Callable[[int], None] = lambda read: None
+    files: Mapping[str, Path],
+    scratch: Path,
+    rules: CorpusRules = EVERY_TEXT,
+    on_texts: Callable[[int], None] = lambda read: None,
 ) -> Texts:
-    """Read the corpus file at `path` into `scratch`, texts in the file's order, empty ones dropped and counted.
+    """Read the files of a corpus into `scratch`, one after another and in order; texts that are dropped are counted.
 
     Args:
-        path: the local file.
-        column: of csv, json, jsonl and parquet; `None`: `text`, or the only one that holds strings.
-        name: how the requester calls the file; its suffix tells the format, and errors name it.
-        scratch: a folder for the texts, and for the unpacked file where a format needs one.
+        files: how the requester calls each, and where it is; the name's suffix tells the format, and errors have it.
+        scratch: a folder for the texts, and for an unpacked file where a format needs one.
+        rules: what of it becomes a text.
         on_texts: told now and then how many were read.
 
     Raises:
@@ -45,30 +85,58 @@ def open_corpus(
         DiskFull: if the scratch disk has no room.
 
     """
-    source = Source(path, name, gzipped=name.lower().endswith(".gz"))
-    reader = _reader_of(source)
-    dropped = 0
-    with TextsWriter(scratch) as writer, source.reading():
-        for place, text in reader(source, column, scratch):
-            if not text or text.isspace():
-                dropped += 1
-                continue
-            if writer.count % TEXTS_BETWEEN == 0:
-                on_texts(writer.count)
-            try:
-                writer.append(text)
-            except UnicodeEncodeError as error:
-                raise source.refused(place, "half a surrogate pair, which is no character") from error
+    sources = [Source(path, name, conversations=rules.render is not None) for name, path in files.items()]
+    counts: Counter[str] = Counter()
+    with TextsWriter(scratch) as writer:
+        for source in sources:
+            with source.reading():
+                _read(source, scratch, rules, writer, counts, on_texts)
+    dropped = Dropped(**counts)
     if not writer.count:
-        raise CorpusRefused(
-            f"{name} holds no text ({dropped} empty)", "Give a corpus with at least one text.", ErrorCode.CORPUS_EMPTY
-        )
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Texts(scratch, dropped=dropped, sha256=digest)
+        raise _no_text(", ".join(list(files)[:FILES_NAMED]), dropped)
+    return Texts(scratch, dropped=dropped, sha256=_digest(list(files.values())))
 
 
-Reader = Callable[[Source, str | None, Path], Iterator[tuple[Place, str]]]
+def _read(
+    source: Source,
+    scratch: Path,
+    rules: CorpusRules,
+    writer: TextsWriter,
+    counts: Counter[str],
+    on_texts: Callable[[int], None],
+) -> None:
+    reader = _reader_of(source)
+    for place, value in reader(source, rules.column, scratch):
+        text = _text_of(source, place, value, rules.render)
+        if reason := rules.reason_to_drop(text):
+            counts[reason] += 1
+            continue
+        if writer.count % TEXTS_BETWEEN == 0:
+            on_texts(writer.count)
+        try:
+            writer.append(text)
+        except UnicodeEncodeError as error:
+            raise source.refused(place, "half a surrogate pair, which is no character") from error
+
+
+def _digest(paths: list[Path]) -> str:
+    """Of the file's bytes; of several files of their digests in order."""
+    digests = []
+    for path in paths:
+        with path.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _no_text(name: str, dropped: Dropped) -> CorpusRefused:
+    counted = f"{dropped.empty} empty, {dropped.too_short} too short, {dropped.too_long} too long"
+    hint = "Give a corpus with at least one text"
+    if dropped.total > dropped.empty:
+        hint += ", or change min_text_characters or max_text_characters"
+    return CorpusRefused(f"{name} holds no text ({counted})", f"{hint}.", ErrorCode.CORPUS_EMPTY)
+
+
+Reader = Callable[[Source, str | None, Path], Iterator[tuple[Place, Any]]]
 
 
 def _reader_of(source: Source) -> Reader:
@@ -80,6 +148,10 @@ def _reader_of(source: Source) -> Reader:
         ".parquet": parquet_texts,
     }
     reader = readers.get(source.suffix)
+    if reader is not None and source.conversations and source.suffix in FLAT:
+        raise source.refused(
+            None, f"{source.suffix} holds no conversations", "Write them as .jsonl, .json or .parquet."
+        )
     if reader is None:
         raise CorpusRefused(
             f"{source.name} has no known corpus format",
@@ -89,22 +161,22 @@ def _reader_of(source: Source) -> Reader:
     return reader
 
 
-def _txt(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
+def _txt(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, Any]]:
     return ((place, line.rstrip("\r\n")) for place, line in _lines(source))
 
 
-def _jsonl(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
+def _jsonl(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, Any]]:
     for place, line in _lines(source):
         if line.isspace():
-            yield place, ""
+            yield place, None
             continue
         row = _parsed(source, place, line)
         if column is None and isinstance(row, dict):
-            column = source.column(place, row, [key for key, value in row.items() if isinstance(value, str)])
-        yield place, _text_of(source, place, row, column)
+            column = source.column(place, row, [key for key, value in row.items() if source.holds(value)])
+        yield place, _value_of(source, place, row, column)
 
 
-def _json(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
+def _json(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, Any]]:
     with source.open() as file:
         raw = file.read(MAX_JSON_BYTES + 1)
     if len(raw) > MAX_JSON_BYTES:
@@ -117,8 +189,8 @@ def _json(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[P
     for i, row in enumerate(_json_rows(source, document, column)):
         place = f"item {i + 1}"
         if column is None and isinstance(row, dict):
-            column = source.column(place, row, [key for key, value in row.items() if isinstance(value, str)])
-        yield place, _text_of(source, place, row, column)
+            column = source.column(place, row, [key for key, value in row.items() if source.holds(value)])
+        yield place, _value_of(source, place, row, column)
 
 
 def _json_rows(source: Source, document: Any, column: str | None) -> list[Any]:
@@ -133,7 +205,7 @@ def _json_rows(source: Source, document: Any, column: str | None) -> list[Any]:
     raise source.refused(None, "neither a list nor an object of a list")
 
 
-def _csv(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
+def _csv(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, Any]]:
     csv.field_size_limit(MAX_LINE_BYTES)
     rows = _csv_rows(source)
     _, header = next(rows, (None, []))
@@ -203,15 +275,24 @@ def _parsed(source: Source, place: Place, text: str) -> Any:
         raise source.refused(place, "JSON that is nested too deeply") from error
 
 
-def _text_of(source: Source, place: Place, row: Any, column: str | None) -> str:
-    """The text of a row: itself, or its column. `null` counts as empty."""
-    value = row
-    if isinstance(row, dict):
-        if column not in row:
-            raise source.no_column(place, str(column), row)
-        value = row[column]
+def _value_of(source: Source, place: Place, row: Any, column: str | None) -> Any:
+    """What a row holds: itself, or its column."""
+    if not isinstance(row, dict):
+        return row
+    if column not in row:
+        raise source.no_column(place, str(column), row)
+    return row[column]
+
+
+def _text_of(source: Source, place: Place, value: Any, render: Render | None) -> str:
+    """`null` counts as empty."""
     if value is None:
         return ""
+    if render is not None:
+        try:
+            return render(value)
+        except ValueError as error:
+            raise source.refused(place, str(error), CONVERSATIONS_HINT) from error
     if not isinstance(value, str):
         raise source.refused(place, f"a text is expected, not {type(value).__name__}")
     return value

@@ -23,7 +23,8 @@ from .language_model import LanguageModel, is_out_of_memory
 from .memory_plan import MemoryPlan
 from .sites import Site
 from .texts import Texts
-from .tokens import Tokens, padded, rules_of, tokenize
+from .tokenization import rules_of, tokenize
+from .tokens import Tokens, padded
 
 WINDOWS_SORTED: Final = 1 << 16
 """Sequences that are sorted by length together: enough to leave next to no padding, few enough to hold."""
@@ -103,7 +104,7 @@ def extract(
         ModelRefused: if activations are no finite numbers.
         DiskFull: if the scratch disk has no room, or the activations of all sites are beyond the limit.
     """
-    rules = rules_of(request, model.tokenizer, model.source.positions)
+    rules = rules_of(request, model.tokenizer, model.source.positions, texts[0])
     tokens = tokenize(texts, model.tokenizer, rules, scratch / "tokens", on_tokenized)
     dtype = torch.float32 if rules.pooling == "mean" else model.dtype
     windows = _shards(tokens, model.d_in * dtype.itemsize)
@@ -168,14 +169,8 @@ class _Run:
         """Count these, which an earlier attempt has done; where memory ran out for it, go on with as little."""
         self.budget = min(self.budget, tokens_per_batch)
         for windows in self._sorted_windows(start, stop):
-            self.done += self._real_tokens(windows)
+            self.done += int(windows["real"].sum())
         self.on_progress(self.done, self.tokens.corpus.tokens)
-
-    def _real_tokens(self, windows: NDArray[Any]) -> int:
-        """As `padded` marks them."""
-        frame = len(self.tokens.rules.frame)
-        framed = windows["length"] if not self.tokens.rules.include_special_tokens else windows["length"] + frame
-        return int(np.where(windows["length"] == 0, frame, framed).sum())
 
     def _sorted_windows(self, start: int, stop: int) -> Iterator[NDArray[Any]]:
         """Windows, the longest first, so that memory runs out at once if it ever does."""

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 
 import httpx2
 from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
@@ -20,16 +21,19 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
+    RevisionResolutionError,
 )
 
 from mistudio_schemas import ErrorCode
 from mistudio_train.errors import HubUnreachable, JobError, ModelRefused
+from mistudio_train.model_files import TOKENIZER_FILES, patterns
 
+from .disk import disk_errors
+
+NOT_FOUND_HERE: Final = (RevisionResolutionError, CachedRepoTreeNotFoundError)
+"""What the cache has not, said without any of the parents that the others have."""
 ANSWER_SECONDS: Final = 5.0
 """The hub must answer within this; a request for an unknown model is refused within seconds."""
-SAFE_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja", "model*.safetensors")
-"""No pickles, no code, no copies of the weights in other layouts."""
-UNSAFE_FILES: Final = ("*.py", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True)
@@ -68,14 +72,24 @@ def fetch(name: str, commit: str, token: str | None, *, allow_unsafe: bool = Fal
         ModelRefused, HubUnreachable: as `find`.
 
     """
-    patterns = [*SAFE_FILES, *(UNSAFE_FILES if allow_unsafe else ())]
-    return Path(
-        _spoken(
-            name,
-            token,
-            lambda: snapshot_download(name, revision=commit, allow_patterns=patterns, token=token or False),
-        )
+    return _fetched(name, commit, token, patterns(allow_unsafe=allow_unsafe))
+
+
+def fetch_tokenizer(name: str, commit: str, token: str | None) -> Path:
+    """The same without the weights.
+
+    Raises:
+        ModelRefused, HubUnreachable: as `find`.
+
+    """
+    return _fetched(name, commit, token, list(TOKENIZER_FILES))
+
+
+def _fetched(name: str, commit: str, token: str | None, wanted: list[str]) -> Path:
+    folder = _spoken(
+        name, token, lambda: snapshot_download(name, revision=commit, allow_patterns=wanted, token=token or False)
     )
+    return Path(folder)
 
 
 def shapes(name: str, commit: str, files: Sequence[str], token: str | None) -> dict[str, tuple[int, ...]]:
@@ -128,46 +142,87 @@ def _cached_or(name: str, revision: str | None, otherwise: JobError) -> Listing:
 Answer = TypeVar("Answer")
 
 
-def _spoken(name: str, token: str | None, ask: Callable[[], Answer]) -> Answer:
-    """What `ask` gives, with the hub's errors said in our words."""
+Trouble = Literal["gated", "forbidden", "revision", "missing", "name", "entry", "offline", "unreachable"]
+"""What is wrong, as the hub says it; what it means is for whoever has asked to say."""
+
+
+def spoken(token: str | None, ask: Callable[[], Answer], explained: Callable[[Trouble], JobError]) -> Answer:
+    """What `ask` gives, with the hub's errors said in our words.
+
+    Raises:
+        JobError: what `explained` makes of the trouble; its cause shows no token.
+        DiskFull: if the cache's disk has no room.
+
+    """
     try:
-        return ask()
-    except (EntryNotFoundError, HFValidationError, httpx2.HTTPError, OSError) as error:
+        with disk_errors():
+            return ask()
+    except (*NOT_FOUND_HERE, EntryNotFoundError, HFValidationError, httpx2.HTTPError, OSError) as error:
         leaks = token is not None and token in str(error)
-        raise _explained(name, error) from (None if leaks else error)
+        raise explained(_trouble(error)) from (None if leaks else error)
 
 
-def _explained(name: str, error: Exception) -> JobError:
-    """What an error of the hub means; the more particular classes come first, because the others are their parents."""
+def _spoken(name: str, token: str | None, ask: Callable[[], Answer]) -> Answer:
+    return spoken(token, ask, partial(_explained, name))
+
+
+def _trouble(error: Exception) -> Trouble:
+    """The more particular classes come first, because the others are their parents."""
     match error:
         case GatedRepoError():
+            return "gated"
+        case RevisionNotFoundError():
+            return "revision"
+        case RepositoryNotFoundError():
+            return "missing"
+        case (
+            LocalEntryNotFoundError()
+            | OfflineModeIsEnabled()
+            | RevisionResolutionError()
+            | CachedRepoTreeNotFoundError()
+        ) if constants.is_offline_mode():
+            return "offline"
+        case EntryNotFoundError() if not isinstance(error, LocalEntryNotFoundError):
+            return "entry"
+        case HFValidationError():
+            return "name"
+        case HfHubHTTPError() if error.response is not None and error.response.status_code in (401, 403):
+            return "forbidden"
+    return "unreachable"
+
+
+def _explained(name: str, trouble: Trouble) -> JobError:
+    """What the hub's trouble means for a model."""
+    match trouble:
+        case "gated":
             return ModelRefused(
                 f"{name} is gated, and the hub does not give it to this worker",
                 "Accept its terms on the hub and name a token that may read it (token_name).",
                 ErrorCode.MODEL_NOT_ALLOWED,
             )
-        case RevisionNotFoundError():
+        case "revision":
             return ModelRefused(f"{name} has no such revision on the hub", "Check model_revision.")
-        case RepositoryNotFoundError():
+        case "missing":
             return ModelRefused(
                 f"The hub has no model '{name}', or does not show it to this worker",
                 "Check the name; a private model needs a token that may read it (token_name).",
             )
-        case LocalEntryNotFoundError() | OfflineModeIsEnabled() if constants.is_offline_mode():
+        case "offline":
             return _not_cached(name)
-        case EntryNotFoundError() if not isinstance(error, LocalEntryNotFoundError):
+        case "entry":
             return ModelRefused(f"{name} has no config.json", "Name a transformers model.", ErrorCode.MODEL_UNSUPPORTED)
-        case HFValidationError():
+        case "name":
             return ModelRefused(f"'{name}' is no model's name", "Give a hub's name, owner/name.")
-        case HfHubHTTPError() if error.response is not None and error.response.status_code in (401, 403):
+        case "forbidden":
             return ModelRefused(
                 f"The hub does not give {name} to this worker",
                 "Name a token that may read it (token_name).",
                 ErrorCode.MODEL_NOT_ALLOWED,
             )
-    return HubUnreachable(
-        f"The model hub does not answer, and {name} is not in its cache here", "Try again when it does."
-    )
+        case "unreachable":
+            return HubUnreachable(
+                f"The model hub does not answer, and {name} is not in its cache here", "Try again when it does."
+            )
 
 
 def _not_cached(name: str) -> ModelRefused:

@@ -25,6 +25,7 @@ from .blocks import Look, Tap, end_before, find_blocks, tap
 from .memory_plan import MemoryPlan
 from .model_source import ModelSource
 from .sites import Site
+from .tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 TEXT_ENCODERS: Final = ("t5", "mt5", "umt5")
@@ -211,7 +212,7 @@ def load(
     """
     folder = _folder(source, token, allow_unsafe)
     with _load_errors(source.name):
-        tokenizer = _tokenizer(folder, allow_unsafe)
+        tokenizer = load_tokenizer(folder, source.name, allow_unsafe=allow_unsafe)
         trunk, warnings = _planned(partial(_trunk, source, folder), plan, allow_unsafe)
     _freeze(trunk)
     blocks = find_blocks(trunk, source.architecture, source.total_layers)
@@ -239,7 +240,7 @@ def load_with_head(
     """
     folder = _folder(source, token, allow_unsafe)
     with _load_errors(source.name):
-        tokenizer = _tokenizer(folder, allow_unsafe)
+        tokenizer = load_tokenizer(folder, source.name, allow_unsafe=allow_unsafe)
         model, _ = _planned(partial(_headed, source, folder), plan, allow_unsafe)
     _freeze(model)
     blocks = find_blocks(model.base_model, source.architecture, source.total_layers)
@@ -294,12 +295,6 @@ def _speak_as_we_do() -> None:
     said.disable_progress_bar()
     for name in NO_NEWS:
         logging.getLogger(f"transformers.{name}").setLevel(logging.ERROR)
-
-
-def _tokenizer(folder: Path, allow_unsafe: bool) -> Any:
-    return transformers.AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=allow_unsafe, use_fast=True
-    )
 
 
 def _planned(loaded: Callable[[dict[str, Any]], Any], plan: MemoryPlan, allow_unsafe: bool) -> tuple[Any, list[str]]:

@@ -208,10 +208,11 @@ def saes_bytes(d_in: int, spec: JobSpec, *, on_cpu: bool) -> int:
 
 
 def _buffer_bytes(d_in: int, spec: JobSpec) -> int:
-    """Two buffers, or all rows where the corpus has so few bytes; a packed corpus may have any number."""
+    """Two buffers, or all rows where the corpus has so few bytes; of a packed one or conversations it may be any."""
     request, most = spec.request, 2 * spec.request.shuffle_bytes
-    packed = request.corpus_file.lower().endswith((".gz", ".parquet"))
-    tokens = most if packed else spec.corpus.stat().st_size if spec.corpus.exists() else 0
+    packed = request.corpus_file.lower().endswith((".gz", ".parquet")) or request.corpus_holds == "conversations"
+    packed = packed or spec.corpus is None
+    tokens = most if packed else spec.corpus.stat().st_size if spec.corpus is not None and spec.corpus.exists() else 0
     sites = 1 + any(sae.predicts for sae in request.resolved_saes())
     return min(most, 4 * sites * d_in * min(tokens, request.token_budget or tokens))
 

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from mistudio_schemas import ErrorCode, ModelInfo
 from mistudio_train.errors import ModelRefused
+from mistudio_train.model_files import refuse_pickles
 
 LAYER_KEYS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "encoder_layers")
 WIDTH_KEYS: Final = ("hidden_size", "n_embd", "d_model", "dim")
@@ -107,7 +108,7 @@ class ModelSource:
         """The contract's record."""
         return ModelInfo(
             model_name=self.name,
-            actual_model_loaded=f"{self.name}@{self.commit}" if self.commit else str(self.folder),
+            actual_model_loaded=self._loaded_from,
             architecture=self.architecture,
             total_layers=self.total_layers,
             selected_layer=selected_layer,
@@ -115,6 +116,13 @@ class ModelSource:
             vocab_size=self.vocab_size,
             requires_token=self.requires_token,
         )
+
+    @property
+    def _loaded_from(self) -> str:
+        if self.commit:
+            return f"{self.name}@{self.commit}"
+        # where a worker keeps what it has brought is nobody's business, and not the same for the same result
+        return self.name if self.name.startswith("s3://") else str(self.folder)
 
     def parameter_shapes(self, token: str | None = None) -> dict[str, tuple[int, ...]]:
         """Name to shape of every weight, from the heads of the safetensors files alone; empty if there are none.
@@ -151,6 +159,7 @@ def inspect(
     revision: str | None = None,
     *,
     folders: Sequence[Path] = (),
+    brought: Path | None = None,
     token: str | None = None,
     allow_unsafe: bool = False,
 ) -> ModelSource:
@@ -160,6 +169,7 @@ def inspect(
         name: a hub's `owner/name`; or a folder, absolute or below one of `folders`.
         revision: branch, tag or commit on the hub.
         folders: the local folders that models may come from.
+        brought: where the model of a bucket has been brought to.
         token: the hub's token.
         allow_unsafe: whether pickled weights will do.
 
@@ -168,21 +178,29 @@ def inspect(
         HubUnreachable: if the hub does not answer, and the model is not in its cache.
 
     """
-    source = _from_folder(name, folders)
+    source = _from_folder(name, folders) if brought is None else _in_folder(name, brought)
     if source is None:
+        if name.startswith("s3://"):
+            raise ModelRefused(
+                f"'{name}' is in a bucket, and only a worker brings models from there",
+                "Submit the request to a worker, or name a model of the hub or in a folder.",
+            )
         if HUB_NAME.fullmatch(name) is None:
             raise ModelRefused(f"'{name}' is no model's name", "Give a hub's name, such as openai-community/gpt2.")
         source = _from_hub(name, revision, token)
     if not allow_unsafe:
-        _refuse_pickles(source)
+        refuse_pickles(name, source.files)
     return source
 
 
 def _from_folder(name: str, folders: Sequence[Path]) -> ModelSource | None:
     with _reading(name):
         folder = _local_folder(name, folders)
-        if folder is None:
-            return None
+        return None if folder is None else _in_folder(name, folder)
+
+
+def _in_folder(name: str, folder: Path) -> ModelSource:
+    with _reading(name):
         return ModelSource(name, folder, None, _config_in(folder, name), _names_in(folder))
 
 
@@ -258,17 +276,6 @@ def _parsed(raw: bytes, name: str) -> Mapping[str, Any]:
             f"The config.json of {name} is no object", "Save the model again.", ErrorCode.MODEL_UNSUPPORTED
         )
     return config
-
-
-def _refuse_pickles(source: ModelSource) -> None:
-    if any(name.endswith(".safetensors") for name in source.files):
-        return
-    if any(name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")) for name in source.files):
-        raise ModelRefused(
-            f"{source.name} has only pickled weights, which could run code on the worker",
-            "Use a revision with safetensors (the hub converts models on request).",
-            ErrorCode.MODEL_NOT_ALLOWED,
-        )
 
 
 def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:

@@ -14,11 +14,11 @@ ROWS_AT_ONCE = 1024
 READ_BYTES = 1 << 20
 
 
-def parquet_texts(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, str]]:
-    """Each row's text with its place, `null` as an empty one.
+def parquet_texts(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, Any]]:
+    """Each row's text or conversation with its place.
 
     Raises:
-        CorpusRefused: if it is no parquet file, or has no such column of strings.
+        CorpusRefused: if it is no parquet file, or has no such column of strings, or of lists of objects.
 
     """
     import pyarrow as pa
@@ -31,9 +31,10 @@ def parquet_texts(source: Source, column: str | None, scratch: Path) -> Iterator
             wanted = _column(source, table.schema_arrow, column)
             number = 0
             for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[wanted]):
-                for text in batch.column(0).cast(pa.large_string()):
+                values = batch.column(0) if source.conversations else batch.column(0).cast(pa.large_string())
+                for value in values:
                     number += 1
-                    yield f"row {number}", text.as_py() or ""
+                    yield f"row {number}", value.as_py()
         except PermissionError:
             raise
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
@@ -48,7 +49,12 @@ def _column(source: Source, schema: Any, column: str | None) -> str:
         kind = kind.value_type if types.is_dictionary(kind) else kind
         return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
-    texts = [field.name for field in schema if holds_strings(field.type)]
+    def holds_conversations(kind: Any) -> bool:
+        lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+        return bool(lists and types.is_struct(kind.value_type))
+
+    holds = holds_conversations if source.conversations else holds_strings
+    texts = [field.name for field in schema if holds(field.type)]
     wanted = source.column(None, schema.names, texts) if column is None else column
     if wanted not in texts:
         raise source.no_column(None, wanted, texts)

@@ -29,7 +29,7 @@ from .saelens import Origin
 from .selection import MOST_LEFT_OUT, Selection, hold_out, select
 from .sites import Ends
 from .sweep import free, make_saes
-from .tokens import frame_of
+from .tokens import Rules
 from .wanted import Wanted
 
 LOADING: Final = (0.02, 0.05)
@@ -54,14 +54,15 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
         reporter.warn(warning)
     model = _load(job, reporter)
     extraction = _extract(job, model, checkpoints, reporter)
-    origins = {ends: _origin(model, ends, spec.request, extraction.length) for ends in job.sites.of_saes}
+    rules = extraction.tokens.rules
+    origins = {ends: _origin(model, ends, spec.request, rules) for ends in job.sites.of_saes}
     tokenizer = model.tokenizer
     del model  # its memory is the SAEs' now
     free(job.plan)
     context = Context(
         spec=spec,
         info=job.source.info(job.sites.selected_layer),
-        corpus=extraction.corpus,
+        corpus=extraction.corpus.model_copy(update={"commit": job.corpus_commit}),
         texts=job.texts.first(extraction.corpus.texts),
         memory_optimizations=job.plan.memory_optimizations,
         device=torch.device(job.plan.device),
@@ -78,7 +79,7 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
     primary = sweep.written[0]
     return Finished(
         model_info=context.info,
-        corpus=extraction.corpus,
+        corpus=context.corpus,
         saes=[one.result for one in sweep.written],
         failed_saes=sweep.failures,
         training_stats=primary.training_results | primary.result.metrics.model_dump(mode="json"),
@@ -196,7 +197,7 @@ def _warn_of_rows(selection: Selection, ends: Ends, request: TrainRequested, rep
         )
 
 
-def _origin(model: LanguageModel, ends: Ends, request: TrainRequested, length: int) -> Origin:
+def _origin(model: LanguageModel, ends: Ends, request: TrainRequested, rules: Rules) -> Origin:
     """The sites by the paths of the modules that give them, as SAELens names places in a Hugging Face model."""
     causal = is_causal(model.source.architecture)
     prefix: Any = getattr(model.trunk, "base_model_prefix", "") if causal else ""
@@ -207,8 +208,8 @@ def _origin(model: LanguageModel, ends: Ends, request: TrainRequested, length: i
         hook_name=names[0],
         layer=ends.read.layer,
         hook_site=ends.read.hook_site,
-        context_size=length,
-        prepend_bos=bool(frame_of(model.tokenizer).before),
+        context_size=rules.length,
+        prepend_bos=bool(rules.frame.before),
         exclude_special_tokens=not request.include_special_tokens,
         dataset_path=request.corpus_file,
         pooling=request.pooling,

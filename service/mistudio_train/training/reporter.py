@@ -13,7 +13,18 @@ from typing import Any
 import psutil
 
 from mistudio_schemas import ModelInfo, Phase
-from mistudio_train.messages import ChildMessage, Identified, Loaded, Logged, Parent, Progress, Saved, Warned, Wish
+from mistudio_train.messages import (
+    ChildMessage,
+    DatasetFound,
+    Identified,
+    Loaded,
+    Logged,
+    Parent,
+    Progress,
+    Saved,
+    Warned,
+    Wish,
+)
 
 INTERVAL = 0.5
 """Seconds between two messages of the same phase."""
@@ -87,6 +98,10 @@ class Reporter:
     def loaded(self, info: ModelInfo, commit: str | None) -> None:
         """The model is known."""
         self._send(Loaded(info, commit))
+
+    def dataset_found(self, commit: str) -> None:
+        """The corpus' commit is known."""
+        self._send(DatasetFound(commit))
 
     @contextmanager
     def one_call(self) -> Iterator[None]:

@@ -39,7 +39,7 @@ DECISIONS = {
     "final_weights": "the weights after the last epoch; final_loss is that epoch's mean loss",
     "early_stopping": "of the standard kind: an epoch's mean loss below min_loss, or ten epochs without a new lowest",
     "dead_feature": "dead_features_count: above 1e-6 on no row; rarely_active_features_count: on less than 1% of rows",
-    "special_tokens": "those that the tokenizer adds are left out unless include_special_tokens",
+    "special_tokens": "those that the tokenizer or its chat template adds are left out unless include_special_tokens",
     "metrics_over": "held-out rows; where there are none, all rows that the SAE was trained on",
 }
 

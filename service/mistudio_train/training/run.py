@@ -3,12 +3,14 @@
 The second half, `pipeline.carry_out`, does the work. Both know a workspace folder and a pipe, and nothing else outside.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from mistudio_train.messages import Finished, JobSpec, Parent
 
 from .bundle_limits import refuse_hopeless
-from .corpus import open_corpus
+from .corpus import CorpusRules, Render, open_corpus
 from .identity import identity_of
 from .memory_plan import MemoryPlan, plan_memory
 from .model_source import ModelSource, inspect
@@ -26,6 +28,8 @@ class Accepted:
     sites: Sites
     plan: MemoryPlan
     texts: Texts
+    corpus_commit: str | None = None
+    """Of a dataset of the hub."""
 
 
 def run_job(spec: JobSpec, parent: Parent) -> Finished:
@@ -59,6 +63,7 @@ def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
             request.model_name,
             spec.model_commit or request.model_revision,
             folders=spec.model_folders,
+            brought=spec.model,
             token=spec.token,
             allow_unsafe=spec.allow_unsafe_models,
         )
@@ -74,10 +79,42 @@ def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
         if reporter.due:
             reporter.say(0.5, f"read {read} texts of {request.corpus_file}")
 
-    texts = open_corpus(spec.corpus, request.corpus_column, request.corpus_file, spec.scratch, on_texts)
+    lengths = request.min_text_characters, request.max_text_characters
+    rules = CorpusRules(request.corpus_column, *lengths, _chat_template(spec, source, reporter))
+    files, commit = _files(spec, reporter)
+    texts = open_corpus(files, spec.scratch, rules, on_texts)
     if request.token_budget is None:
         refuse_hopeless(spec, len(texts), source.d_in)
     if spec.identify:
         with reporter.one_call():
             reporter.identified(identity_of(request, source, texts.sha256))
-    return Accepted(spec, source, sites, plan, texts)
+    return Accepted(spec, source, sites, plan, texts, commit)
+
+
+def _chat_template(spec: JobSpec, source: ModelSource, reporter: Reporter) -> Render | None:
+    """What makes texts of conversations; `None` where the corpus holds texts, which need no tokenizer yet."""
+    if spec.request.corpus_holds == "texts":
+        return None
+    with reporter.one_call():
+        from .conversations import ChatTemplate
+        from .tokenizer import tokenizer_of
+
+        return ChatTemplate(tokenizer_of(source, spec.token, allow_unsafe=spec.allow_unsafe_models), source.name)
+
+
+def _files(spec: JobSpec, reporter: Reporter) -> tuple[Mapping[str, Path], str | None]:
+    """The corpus' files, and its commit if it has one; a dataset of the hub is fetched, which may take its time."""
+    if spec.corpus is not None:
+        return {spec.request.corpus_file: spec.corpus}, None
+    from .hub_datasets import fetch_dataset  # the hub's client takes seconds to import
+
+    reporter.enter("fetching", f"looking at {spec.request.corpus_file}", (0.01, 0.02))
+
+    def on_file(number: int, count: int, name: str) -> None:
+        reporter.say((number - 1) / count, f"fetching {name}, file {number} of {count}")
+
+    with reporter.one_call():
+        dataset = fetch_dataset(spec.request.corpus_file, spec.corpus_commit, spec.token, on_file)
+    reporter.dataset_found(dataset.commit)
+    reporter.enter("planning", f"reading {spec.request.corpus_file}", (0.02, 0.02))
+    return dataset.files, dataset.commit

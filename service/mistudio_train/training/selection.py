@@ -185,10 +185,8 @@ def _place(text: str) -> float:
 
 def _first_tokens(tokens: Tokens) -> NDArray[np.int64]:
     """Rows that are the first token that the model sees: ascending; none where a special one comes before them."""
-    if tokens.rules.frame.before and not tokens.rules.include_special_tokens:
-        return np.empty(0, np.int64)
     windows = tokens.windows.read(0, len(tokens.windows))
-    rows: NDArray[np.int64] = windows["row"][windows["length"] > 0].astype(np.int64)
+    rows: NDArray[np.int64] = windows["row"][windows["leads"]].astype(np.int64)
     return rows
 
 

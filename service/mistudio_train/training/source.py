@@ -16,7 +16,7 @@ from mistudio_train.errors import CorpusRefused
 
 Place = str | None
 """Where in the file: `line 3`, `item 3`, `row 3`; `None`: the file as a whole."""
-OBVIOUS_COLUMN = "text"
+HINT = "Correct the file; texts are UTF-8, and its suffix must say what it is."
 COLUMNS_NAMED = 12
 """As many columns are named in an error."""
 
@@ -28,7 +28,13 @@ class Source:
     path: Path
     name: str
     """What the requester calls it."""
-    gzipped: bool
+    conversations: bool = False
+    """Whether it holds conversations, and no texts."""
+
+    @property
+    def gzipped(self) -> bool:
+        """Whether it is packed."""
+        return self.name.lower().endswith(".gz")
 
     @property
     def suffix(self) -> str:
@@ -54,28 +60,29 @@ class Source:
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise self.refused(None, f"the gzip stream is broken ({error})") from error
 
-    def refused(self, place: Place, reason: str) -> CorpusRefused:
+    def refused(self, place: Place, reason: str, hint: str = HINT) -> CorpusRefused:
         """The error for something that is no text."""
         where = f", {place}" if place else ""
-        return CorpusRefused(
-            f"{self.name}{where}: {reason}",
-            "Correct the file; texts are UTF-8, and its suffix must say what it is.",
-            ErrorCode.CORPUS_UNREADABLE,
-        )
+        return CorpusRefused(f"{self.name}{where}: {reason}", hint, ErrorCode.CORPUS_UNREADABLE)
+
+    def holds(self, value: object) -> bool:
+        """Whether a value of the file can be what it holds: a text, or a conversation."""
+        return isinstance(value, list if self.conversations else str)
 
     def column(self, place: Place, columns: Collection[str], texts: list[str]) -> str:
-        """The obvious column: `text`, or the only one of texts.
+        """The obvious column: `text` (of conversations `messages`), or the only one of texts.
 
         Raises:
             CorpusRefused: `corpus.column`, if none is obvious.
 
         """
-        if OBVIOUS_COLUMN in columns:
-            return OBVIOUS_COLUMN
+        what, obvious = ("conversations", "messages") if self.conversations else ("texts", "text")
+        if obvious in columns:
+            return obvious
         if len(texts) == 1:
             return texts[0]
         raise CorpusRefused(
-            f"{self._at(place)}: the column of the texts is not obvious among {_listed(columns)}",
+            f"{self._at(place)}: the column of the {what} is not obvious among {_listed(columns)}",
             "Name it with corpus_column.",
             ErrorCode.CORPUS_COLUMN,
         )

@@ -2,7 +2,8 @@
 
 How well the model predicts their tokens is measured as it is, and with the rows of a site replaced by reconstructions,
 by zero and by their mean. A transcoder reconstructs from what the model has at its site in that very pass. Rows that
-the SAE is not judged by stay as they are. Owns the texts, the masks and the sums; must not train, nor load a model.
+the SAE is not judged by stay as they are. So do those of texts that share a window with held-out ones, and their tokens
+are read, not predicted. Owns the texts, the masks and the sums; must not train, nor load a model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -72,13 +73,12 @@ def cross_entropies(
     sums = dict.fromkeys(["clean", *ways], 0.0)
     predicted, done, total = 0, 0, int(windows["length"].sum())
     for batch in _batches(windows, len(tokens.rules.frame), model.vocabulary):
-        asked = _asked(tokens, batch, model.pad_id, None if model.causal else model.mask_id)
+        asked = _asked(tokens, splices[0].selection, batch, model.pad_id, None if model.causal else model.mask_id)
         predicted += asked.predicted
         there = asked.to(model.device)
         sums["clean"] += there.loss(model.logits(there.ids_BT, there.mask_BT))
         judged_N = {
-            ends: _judged(tokens, selection, batch, asked.real_BT).to(model.device)
-            for ends, selection in selections.items()
+            ends: _judged(selection, batch, asked.real_BT).to(model.device) for ends, selection in selections.items()
         }
         for name, way in ways.items():
             sums[name] += there.loss(model.logits(there.ids_BT, there.mask_BT, way.looks(judged_N[way.ends])))
@@ -159,15 +159,18 @@ def _result(means: dict[str, float], way: str, ends: Ends, predicted: int, causa
 
 
 def _held_out_windows(tokens: Tokens, selection: Selection, limit: int) -> NDArray[Any]:
-    """Of held-out texts, from everywhere, until they have as many tokens; the longest first."""
+    """Those with tokens of held-out texts, from everywhere, until they have as many of these; the longest first."""
     windows = tokens.windows.read(0, len(tokens.windows))
+    windows = windows[windows["real"] > 0]
     flags = selection.flags.read(0, len(selection.flags))
-    mine: NDArray[Any] = windows[(flags[windows["row"]] & HELD_OUT != 0) & (windows["length"] > 1)]
+    held_out = np.add.reduceat((flags & HELD_OUT != 0).view(np.uint8), windows["row"], dtype=np.int64)
+    wanted = (held_out > 0) & (windows["length"] > 1)
+    mine, held_out = windows[wanted], held_out[wanted]
     if not len(mine):
         return mine
-    mixed = mine[RowOrder(len(mine), (0,)).at(0, len(mine))]
-    before = np.cumsum(mixed["length"]) - mixed["length"]
-    chosen: NDArray[Any] = mixed[before < limit]
+    order = RowOrder(len(mine), (0,)).at(0, len(mine))
+    before = np.cumsum(held_out[order]) - held_out[order]
+    chosen: NDArray[Any] = mine[order][before < limit]
     longest_first: NDArray[Any] = chosen[np.argsort(-chosen["length"].astype(np.int64), kind="stable")]
     return longest_first
 
@@ -209,12 +212,13 @@ class _Asked:
         return float(functional.cross_entropy(logits_NV, self.targets_BT[self.predicts_BT], reduction="sum"))
 
 
-def _asked(tokens: Tokens, windows: NDArray[Any], pad_id: int, mask_id: int | None) -> _Asked:
-    """Without a mask every token of the text is predicted from those before it, the very first if any comes before."""
+def _asked(tokens: Tokens, selection: Selection, windows: NDArray[Any], pad_id: int, mask_id: int | None) -> _Asked:
+    """Without a mask every token of a held-out text is predicted from those before it, the very first if any is."""
     ids_BT, mask_BT, real_BT = padded(tokens, windows, pad_id)
+    held_out_BT = _flags(selection, windows, real_BT) & HELD_OUT != 0
     before, width = len(tokens.rules.frame.before), ids_BT.shape[1]
     place_T, ends_B = np.arange(width), before + windows["length"].astype(np.int64)
-    text_BT = (place_T >= before) & (place_T < ends_B[:, None])
+    text_BT = (place_T >= before) & (place_T < ends_B[:, None]) & held_out_BT
     if mask_id is None:
         predicts_BT, targets_BT = np.zeros_like(text_BT), np.zeros_like(ids_BT)
         predicts_BT[:, :-1], targets_BT[:, :-1] = text_BT[:, 1:], ids_BT[:, 1:]
@@ -233,10 +237,15 @@ def _chosen(windows: NDArray[Any], before: int, width: int) -> NDArray[np.bool_]
     return chosen_BT
 
 
-def _judged(tokens: Tokens, selection: Selection, windows: NDArray[Any], real_BT: Tensor) -> Tensor:
-    """Which tokens have rows that are not left out: bool [B · T]."""
-    judged_BT = torch.zeros_like(real_BT)
+def _judged(selection: Selection, windows: NDArray[Any], real_BT: Tensor) -> Tensor:
+    """Which tokens have rows that the SAEs are judged by: bool [B · T]."""
+    flags_BT = _flags(selection, windows, real_BT.numpy())
+    return torch.from_numpy((flags_BT & HELD_OUT != 0) & (flags_BT & selection.left_out == 0)).flatten()
+
+
+def _flags(selection: Selection, windows: NDArray[Any], real_BT: NDArray[np.bool_]) -> NDArray[np.uint8]:
+    """What each token's row is, 0 where it has none: uint8 [B, T]."""
+    flags_BT = np.zeros(real_BT.shape, np.uint8)
     for row, (first, real_T) in enumerate(zip(windows["row"].tolist(), real_BT, strict=True)):
-        flags = selection.flags.read(first, first + int(real_T.sum()))
-        judged_BT[row, real_T] = torch.from_numpy(flags & selection.left_out == 0)
-    return judged_BT.flatten()
+        flags_BT[row, real_T] = selection.flags.read(first, first + int(real_T.sum()))
+    return flags_BT

@@ -5,6 +5,7 @@ Owns that pair of files; knows no corpus format, no tokenizer and no torch.
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,20 @@ from .disk import ArrayFile, ArrayWriter
 READ_AHEAD = 64
 READ_AHEAD_BYTES = 4 * 1024**2
 """Texts, and about so many bytes of them, that are read at once when all are wanted in order; one at least."""
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """How many texts of a corpus are not used, by reason."""
+
+    empty: int = 0
+    too_short: int = 0
+    too_long: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.empty + self.too_short + self.too_long
 
 
 class TextsWriter:
@@ -57,11 +72,11 @@ class TextsWriter:
 class Texts:
     """A sequence of texts of which none is in memory: `texts[i]` reads the i-th."""
 
-    def __init__(self, folder: Path, *, dropped: int = 0, sha256: str = "0" * 64) -> None:
+    def __init__(self, folder: Path, *, dropped: Dropped = Dropped(), sha256: str = "0" * 64) -> None:
         self._bytes = ArrayFile(folder / "texts.bin", np.uint8)
         self._starts = ArrayFile(folder / "texts.idx", np.int64)
         self.dropped = dropped
-        """Empty texts of the corpus, which are not among these."""
+        """Texts of the corpus that are not among these."""
         self.sha256 = sha256
         """Of the corpus file, as it was given."""
 

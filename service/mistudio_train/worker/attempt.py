@@ -17,6 +17,7 @@ from mistudio_schemas import ArtifactRef, TrainCompleted, TrainRequested
 from mistudio_train.errors import ChildDied, DiskFull, DiskLimit, JobError, RequestRefused, StoreUnavailable
 from mistudio_train.messages import (
     ChildMessage,
+    DatasetFound,
     Finished,
     Identified,
     JobSpec,
@@ -33,9 +34,11 @@ from .artifacts import upload, write_manifest
 from .checkpoints import CheckpointUploads, restore
 from .child import Child
 from .child_main import Job
-from .corpora import fetch_corpus
+from .corpora import fetch_corpus, is_on_the_hub
 from .devices import Devices
 from .intake import Intake
+from .model_cache import HeldModel
+from .models import fetch_model, is_in_a_bucket
 from .orders import Interrupted, Order
 from .outcome import completed, reused
 from .patience import patiently
@@ -84,6 +87,7 @@ class Attempt:
         self._earlier: TrainCompleted | None = None
         self._too_large: DiskLimit | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._model: HeldModel | None = None
         self._over, self._storing = False, threading.Lock()
 
     async def run(self) -> TrainCompleted:
@@ -103,6 +107,8 @@ class Attempt:
             raise
         finally:
             self._over = True
+            if self._model is not None:
+                self._model.release()
             for task in self._tasks:
                 task.cancel()
             # nothing is to be stored after what comes next, which may be the removal of all that was stored
@@ -112,6 +118,7 @@ class Attempt:
         await asyncio.to_thread(self._running.workspace.hold)
         await asyncio.to_thread(shutil.rmtree, self._workspace / "output", ignore_errors=True)
         corpus = await self._fetch_corpus()
+        self._model = await self._fetch_model()
         await self._restore()
         self._feed.say(message="waiting for a device")
         who = self._running.who(self._settings.worker_id)
@@ -123,10 +130,24 @@ class Attempt:
         warnings, seconds = self._feed.current.warnings, self._claim.record.age_seconds()
         return completed(who, finished, artifacts, manifest, warnings=warnings, seconds=seconds)
 
-    async def _fetch_corpus(self) -> Path:
+    async def _fetch_corpus(self) -> Path | None:
+        if is_on_the_hub(self._request.corpus_file):
+            return None
         self._feed.say(phase="fetching", message=f"fetching the corpus {self._request.corpus_file}")
         where = self._workspace / "corpus"
         return await patiently(lambda: fetch_corpus(self._request.corpus_file, where, self._settings, self._store))
+
+    async def _fetch_model(self) -> HeldModel | None:
+        name = self._request.model_name
+        if not is_in_a_bucket(name):
+            return None
+        self._feed.say(phase="fetching", message=f"fetching the model {name}")
+        return await patiently(lambda: fetch_model(name, self._settings, self._store, self._leave_if_over))
+
+    def _leave_if_over(self) -> None:
+        """In a thread that nobody waits for any more."""
+        if self._over:
+            raise Interrupted
 
     async def _restore(self) -> None:
         """An earlier attempt's checkpoints: those of this worker are here, those of another one in the store."""
@@ -216,6 +237,8 @@ class Attempt:
                 self._uploads.hear(message.number)
             case Loaded(commit=str(commit)) if self._claim.record.model_commit is None:
                 self._tasks.append(asyncio.create_task(self._keep_model_commit(commit)))
+            case DatasetFound(commit) if self._claim.record.corpus_commit is None:
+                self._tasks.append(asyncio.create_task(self._keep_corpus_commit(commit)))
             case Identified():
                 self._running.identity = message.identity
                 self._tasks.append(asyncio.create_task(self._look_for_result(message.identity)))
@@ -237,6 +260,12 @@ class Attempt:
             ours = self._running.claim
             self._running.claim = await patiently(lambda: self._register.keep_model_commit(ours, commit))
 
+    async def _keep_corpus_commit(self, commit: str) -> None:
+        """The same of a dataset."""
+        with contextlib.suppress(RunLost):
+            ours = self._running.claim
+            self._running.claim = await patiently(lambda: self._register.keep_corpus_commit(ours, commit))
+
     async def _look_for_result(self, identity: str) -> None:
         """Before the child has done much: an earlier run may have been asked for the same."""
         with contextlib.suppress(StoreUnavailable):
@@ -249,8 +278,7 @@ class Attempt:
         loop = asyncio.get_running_loop()
 
         def on_progress(done: int, total: int) -> None:
-            if self._over:
-                raise Interrupted  # nobody waits for this thread any more
+            self._leave_if_over()
             share = CHILD_SHARE + (1 - CHILD_SHARE) * 0.9 * done / max(1, total)
             loop.call_soon_threadsafe(lambda: self._feed.say(progress=share))
 
@@ -263,7 +291,7 @@ class Attempt:
         self._feed.say(phase="publishing", message="publishing the result")
         return artifacts, manifest
 
-    def _spec(self, corpus: Path, lease: Lease) -> JobSpec:
+    def _spec(self, corpus: Path | None, lease: Lease) -> JobSpec:
         settings, record = self._settings, self._claim.record
         limit = settings.memory_limit_bytes
         return JobSpec(
@@ -276,6 +304,7 @@ class Attempt:
             lease=lease,
             uri_prefix=self._store.uri(self._claim.attempt_prefix),
             bundle_max_bytes=self._request.bundle_max_bytes or settings.bundle_max_bytes,
+            model=self._model.folder if self._model else None,
             model_folders=tuple(settings.local_model_folders),
             allow_unsafe_models=settings.allow_unsafe_models,
             workspace_max_bytes=settings.workspace_max_bytes,
@@ -286,6 +315,7 @@ class Attempt:
             identify=settings.reuse_results,
             model_commit=self._running.claim.record.model_commit,
             tell_log=bool(settings.sinks),
+            corpus_commit=self._running.claim.record.corpus_commit,
         )
 
     def _hub_token(self, intake: Intake) -> SecretStr | None:

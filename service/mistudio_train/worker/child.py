@@ -32,14 +32,14 @@ class Child:
 
     Args:
         stall_seconds: a child that has not moved for this long is ended.
-        loading_stall_seconds: the same while it loads a model.
+        loading_stall_seconds: the same while it fetches a dataset or loads a model.
         job: what the child does.
 
     """
 
     def __init__(self, spec: JobSpec, stall_seconds: float, loading_stall_seconds: float, job: Job = train) -> None:
         self._spec, self._job = spec, job
-        self._stall = {"loading": loading_stall_seconds}
+        self._stall = {"loading": loading_stall_seconds, "fetching": loading_stall_seconds}
         self._default_stall = stall_seconds
         self._queue: asyncio.Queue[ChildMessage | None] = asyncio.Queue()
         self._threads: list[threading.Thread] = []

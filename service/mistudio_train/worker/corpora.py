@@ -26,6 +26,11 @@ MAX_NAME_BYTES = 200
 HINTED_NAMES = 1000
 
 
+def is_on_the_hub(corpus_file: str) -> bool:
+    """Whether it is a dataset of the hub, which the child fetches with the hub's token."""
+    return corpus_file.startswith("hf://")
+
+
 def put_corpus(store: Store, name: str, path: Path) -> ObjectInfo:
     """Store a file as the corpus `name`, replacing one of that name.
 

@@ -116,9 +116,11 @@ class DirectoryStore:
         with self._asking(f"tell of {key}"), self._reading(key) as file:
             return _info(key, os.fstat(file.fileno()))
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object whose key begins with `prefix`, in the keys' order."""
+    def list(self, prefix: str, bucket: str | None = None) -> Iterator[ObjectInfo]:
+        """Every object whose key begins with `prefix`, in the keys' order. Raises `NotFound` for every S3 bucket."""
         check_prefix(prefix)
+        if bucket is not None and not Path(bucket).is_absolute():
+            raise NotFound(f"s3://{bucket}/{prefix}")
         with self._asking(f"list {prefix}"):
             self._root.stat()
             yield from sorted(self._found(prefix), key=lambda info: info.key.encode())

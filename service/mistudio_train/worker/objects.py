@@ -46,6 +46,8 @@ class ObjectInfo:
     """Bytes."""
     modified: datetime
     """UTC."""
+    etag: str | None = None
+    """Another one when the object is replaced by other bytes; `None`: the store has none."""
 
 
 @dataclass(frozen=True)
@@ -116,8 +118,13 @@ class Store(Protocol):
         """An object's size and time. Raises `NotFound`."""
         ...
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object whose key begins with `prefix`, in the keys' order."""
+    def list(self, prefix: str, bucket: str | None = None) -> Iterator[ObjectInfo]:
+        """Every object whose key begins with `prefix`, in the keys' order; of another bucket if named.
+
+        Raises:
+            NotFound: if there is no such other bucket.
+
+        """
         ...
 
     def folders(self, prefix: str) -> Iterator[str]:

@@ -135,6 +135,10 @@ class Register:
         """Keep the model's commit for every attempt; the first one said stays. Raises `RunLost`."""
         return self._as_owner(claim, lambda record: record.with_model_commit(commit))
 
+    def keep_corpus_commit(self, claim: Claim, commit: str) -> Claim:
+        """The same of the corpus' commit. Raises `RunLost`."""
+        return self._as_owner(claim, lambda record: record.with_corpus_commit(commit))
+
     def obey(self, claim: Claim, control: ObeyedControl) -> Claim:
         """Note that the run obeys a control, so that no later run does. Raises `RunLost`."""
         return self._as_owner(claim, lambda record: record.obeyed(control))

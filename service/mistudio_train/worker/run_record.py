@@ -103,6 +103,8 @@ class RunRecord(Kept):
     attempts: tuple[AttemptRecord, ...]
     model_commit: str | None = None
     """What `model_revision` was resolved to; every attempt uses it."""
+    corpus_commit: str | None = None
+    """The same of a dataset of the hub."""
     controls: tuple[ObeyedControl, ...] = ()
     controls_before: ReadTo | None = None
     """How far the controls had been read when the run began; `None`: an older version has begun it."""
@@ -173,6 +175,10 @@ class RunRecord(Kept):
     def with_model_commit(self, commit: str) -> Self:
         """With the commit that every attempt shall use; the first one said stays."""
         return self if self.model_commit is not None else self._with(model_commit=commit)
+
+    def with_corpus_commit(self, commit: str) -> Self:
+        """The same of a dataset's."""
+        return self if self.corpus_commit is not None else self._with(corpus_commit=commit)
 
     def marked_published(self) -> Self:
         """With its terminal event known to be out."""

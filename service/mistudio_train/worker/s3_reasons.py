@@ -13,7 +13,7 @@ from urllib3.exceptions import (
     SSLError,
 )
 
-MISSING = {"NoSuchKey", "NoSuchBucket", "NoSuchObject"}
+MISSING = {"NoSuchKey", "NoSuchBucket", "NoSuchObject", "InvalidBucketName"}
 FORBIDDEN = {"AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"}
 NO_S3 = (InvalidResponseError, ElementTree.ParseError, ValueError)
 """What minio raises when an answer is not as it expects; the last two by accident."""

@@ -150,11 +150,13 @@ class S3Store:
                     raise
                 raise self._unavailable(f"tell of {key}", "NoSuchBucket") from None
 
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Every object whose key begins with `prefix`, in the keys' order."""
+    def list(self, prefix: str, bucket: str | None = None) -> Iterator[ObjectInfo]:
+        """Every object whose key begins with `prefix`, in the keys' order. Raises `NotFound` for another bucket."""
         check_prefix(prefix)
-        with self._asking(f"list {prefix}"):
-            for found in self._client.list_objects(self._bucket, prefix, recursive=True):
+        bucket = bucket or self._bucket
+        _check_bucket(bucket, prefix)
+        with self._asking(f"list {prefix}", prefix, bucket):
+            for found in self._client.list_objects(bucket, prefix, recursive=True):
                 yield _info(found.object_name or "", found)
 
     def folders(self, prefix: str) -> Iterator[str]:
@@ -190,10 +192,7 @@ class S3Store:
     @contextmanager
     def _reading(self, bucket: str, key: str) -> Iterator[urllib3.BaseHTTPResponse]:
         check_key(key)
-        try:
-            check_bucket_name(bucket)
-        except ValueError:
-            raise NotFound(f"s3://{bucket}/{key}") from None
+        _check_bucket(bucket, key)
         response = self._client.get_object(bucket, key)
         try:
             yield response
@@ -262,9 +261,17 @@ def _client(settings: Settings, http: urllib3.PoolManager) -> Minio:
         ) from None
 
 
+def _check_bucket(bucket: str, key: str) -> None:
+    """There is no bucket of a name that none can have; minio would raise what looks like a broken answer."""
+    try:
+        check_bucket_name(bucket)
+    except ValueError:
+        raise NotFound(f"s3://{bucket}/{key}") from None
+
+
 def _etag(response: urllib3.BaseHTTPResponse) -> str:
     return response.headers["ETag"].strip('"')
 
 
 def _info(key: str, found: Object) -> ObjectInfo:
-    return ObjectInfo(key, found.size or 0, found.last_modified or datetime.fromtimestamp(0, UTC))
+    return ObjectInfo(key, found.size or 0, found.last_modified or datetime.fromtimestamp(0, UTC), found.etag)

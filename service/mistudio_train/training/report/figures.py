@@ -169,7 +169,7 @@ def sweep_rows(results: Sequence[SAEResult], here: SAEResult) -> list[SweepRow]:
         metrics, losses = one.metrics, one.metrics.cross_entropy
         mine = one.name == here.name
         return SweepRow(
-            one.name, one.kind, f"{one.layer_number}.{one.site}", said(one.feature_count), said(metrics.l0),
+            one.name, one.kind, f"{one.layer_number}.{one.sites}", said(one.feature_count), said(metrics.l0),
             said(metrics.fvu), said(metrics.cosine), percent(metrics.never_active_share),
             percent(losses.recovered_zero if losses else None),
             None if mine else f"{up}{one.prefix.removeprefix(root)}report/index.html", mine,
@@ -184,7 +184,7 @@ def frontier(results: Sequence[SAEResult]) -> Chart | None:
         return None
 
     def label(one: SAEResult) -> str:
-        return f"{one.kind}, {one.layer_number}.{one.site}, {one.feature_count:,} latents"
+        return f"{one.kind}, {one.layer_number}.{one.sites}, {one.feature_count:,} latents"
 
     series = [
         (name, sorted((float(one.metrics.l0 or math.nan), one.metrics.fvu) for one in group))

@@ -203,7 +203,7 @@ def _page(
 ) -> Callable[[Index, list[str], str], Page]:
     head = Head(
         f"{result.name}: {result.kind}, {result.feature_count:,} latents",
-        f"{Path(material.model.model_name).name}, {result.site} of block {result.layer_number}, "
+        f"{Path(material.model.model_name).name}, {result.sites} of block {result.layer_number}, "
         f"{material.corpus.tokens:,} tokens of {material.corpus.texts:,} texts",
         f"Job {material.job_id}. Made by miStudioTrain {material.version} at {metadata['timestamp']}.",
     )
@@ -232,7 +232,7 @@ def _asked(result: SAEResult, material: Material, metadata: dict[str, Any]) -> l
     pairs: list[tuple[str, Any]] = [
         ("Model", material.model.model_name),
         ("Revision", material.revision),
-        ("Site", f"{result.site} of block {result.layer_number}, width {result.input_dim:,}"),
+        ("Site", f"{result.sites} of block {result.layer_number}, width {result.input_dim:,}"),
         ("Corpus", material.request.corpus_file),
         ("Corpus sha256", material.corpus.sha256[:16] + "…"),
         ("Rows", "a text each, the mean of its tokens" if material.whole_texts else "a token each"),
