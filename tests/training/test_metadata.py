@@ -45,6 +45,7 @@ JOB = Described(
         requires_token=False,
     ),
     corpus=CorpusInfo(texts=200, tokens=900, rows=200, sha256="0" * 64),
+    fingerprint={"torch": "2"},
     pooling="mean",
     sae=SAEResult(
         name="topk-0",

@@ -14,7 +14,7 @@ import typer
 from mistudio_train import __version__
 from mistudio_train.errors import JobError
 
-from . import control, corpus, demo, fetch, machine, replay, run, submit, watch, worker
+from . import control, corpus, demo, fetch, look, machine, replay, reproduce, run, submit, watch, worker
 from .display import say_error
 from .environment import use_env_file
 from .errors import CliError, Exit
@@ -32,6 +32,8 @@ for commands in (
     control.commands,
     replay.commands,
     fetch.commands,
+    look.commands,
+    reproduce.commands,
     corpus.commands,
     run.commands,
     worker.commands,

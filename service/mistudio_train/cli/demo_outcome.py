@@ -44,6 +44,7 @@ def show(outcome: Outcome) -> None:
         _line(out, "None passed: too few texts, or too little training.")
     _line(out, "")
     _line(out, f"The files: {folder}")
+    _line(out, f"The report, to open in a browser: {folder / 'report' / 'index.html'}")
     _line(out, "To load it in SAELens:")
     for line in saelens(event, folder):
         _line(out, f"    {line}")
@@ -90,6 +91,7 @@ def print_json(outcome: Outcome) -> None:
         "device": event.device,
         "features": [feature_json(feature) for feature in outcome.features],
         "folder": str(outcome.folder),
+        "report": str(outcome.folder / "report" / "index.html"),
         "files": [artifact.name for artifact in event.artifacts],
         "saelens": saelens(event, outcome.folder),
     }

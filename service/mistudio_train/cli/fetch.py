@@ -2,18 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from .display import say
 from .environment import load_settings
-from .errors import CliError
-from .request_input import checked_job_id
-
-if TYPE_CHECKING:
-    from mistudio_train.worker.run_record import Claim
-    from mistudio_train.worker.store import Store
+from .finished import completed_event, finished_claim
 
 commands = typer.Typer()
 MEANING = {
@@ -22,6 +17,7 @@ MEANING = {
     "metadata.json": "configuration and results",
     "cfg.json": "the SAE for SAELens: SAE.load_from_disk(this folder)",
     "training_log.jsonl": "the curves",
+    "index.html": "the report: open it in a browser",
 }
 
 
@@ -40,16 +36,13 @@ def fetch(
 
     Exit status: 0 all there, 2 no such finished run, a damaged file, or the store cannot be used.
     """
-    from mistudio_schemas import TrainCompleted
     from mistudio_train.worker.artifacts import fetch_run
     from mistudio_train.worker.store import open_store
 
     store = open_store(load_settings())
     try:
-        claim = _finished(store, job, run)
-        event, _ = claim.ended()
-        assert isinstance(event, TrainCompleted)  # what a finished run ends with
-        paths = fetch_run(store, event, to, layout)
+        claim = finished_claim(store, job, run)
+        paths = fetch_run(store, completed_event(claim), to, layout)
     finally:
         store.close()
     if as_json:
@@ -61,23 +54,3 @@ def fetch(
     for path in paths:
         if path.name in MEANING:
             say(f"  {path}: {MEANING[path.name]}")
-
-
-def _finished(store: "Store", job: str, run: int | None) -> "Claim":
-    """The record of the run that is meant.
-
-    Raises:
-        CliError: if there is none, or it has no result.
-
-    """
-    from mistudio_train.worker.register import Register
-
-    runs = [claim for claim in Register(store).runs(checked_job_id(job)) if run in (None, claim.record.run)]
-    for claim in runs:
-        if claim.record.state == "finished":
-            return claim
-    which = f"{job} run {run}" if run else job
-    if not runs:
-        raise CliError(f"the store has no run of {which}", "Check the id with `mistudio-train jobs`, and MINIO_BUCKET.")
-    newest = runs[0].record
-    raise CliError(f"{which} has no result: run {newest.run} is {newest.state}", f"See why: mistudio-train watch {job}")

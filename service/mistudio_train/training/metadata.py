@@ -56,6 +56,8 @@ class Described:
     """When the result was made, with its time zone."""
     model_info: ModelInfo
     corpus: CorpusInfo
+    fingerprint: Mapping[str, object]
+    """All that the numbers depend on: of the request, model and corpus, the software and the device."""
     pooling: Pooling
     sae: SAEResult
     sae_config: Mapping[str, object]
@@ -95,6 +97,7 @@ def metadata(job: Described) -> dict[str, object]:
         "sae_config": {"input_dim": job.sae.input_dim, "hidden_dim": job.sae.feature_count, **job.sae_config},
         "training_results": _training_results(job),
         "data_info": _data_info(job),
+        "fingerprint": dict(job.fingerprint),
         "paths": {
             "model_path": job.paths.model_path,
             "activations_path": job.paths.activations_path,

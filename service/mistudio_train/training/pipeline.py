@@ -68,6 +68,7 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
         device=torch.device(job.plan.device),
         tokenizer=tokenizer,
         revision=job.source.commit,
+        fingerprint=fingerprint,
     )
     refuse_hopeless(spec, extraction.corpus.texts, job.source.d_in)  # a token budget may have left too few
     selections = _select(context, job, extraction, reporter)
@@ -95,7 +96,7 @@ def _fingerprint(job: Accepted) -> dict[str, object]:
     spec, plan = job.spec, job.plan
     return {
         "version": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "transformers": transformers.__version__,
         "tokenizers": tokenizers.__version__,
         "request": request_digest(spec.request),

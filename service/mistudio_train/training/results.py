@@ -4,7 +4,7 @@ Brings the writers together; each file's format is its own module's.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -58,6 +58,8 @@ class Context:
     """The model's."""
     revision: str | None
     """The model's commit; `None` of a folder."""
+    fingerprint: Mapping[str, object]
+    """All that the numbers depend on."""
 
     def material(self, index: RowIndex, warnings: Sequence[str]) -> Material:
         """What a report is made of, besides an SAE's own folder."""
@@ -254,6 +256,7 @@ def _described(
         timestamp=datetime.now(UTC),
         model_info=_info(context, result.layer_number),
         corpus=context.corpus,
+        fingerprint=context.fingerprint,
         pooling=spec.request.pooling,
         sae=result,
         sae_config=_settings(fitted),

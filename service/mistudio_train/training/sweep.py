@@ -85,12 +85,12 @@ def make_saes(
         in_model = _in_model(trained, job, tokens, reporter)
         written = _write_all(trained, in_model, context, job, reporter)
     results = [one.result for one in written]
+    listed: dict[str, Sequence[Contract]] = {"saes": results, "failed": failures}
+    write_json(
+        job.spec.output / "saes.json",
+        {name: [one.model_dump(mode="json") for one in of_kind] for name, of_kind in listed.items()},
+    )
     if len(wanted) > 1:
-        listed: dict[str, Sequence[Contract]] = {"saes": results, "failed": failures}
-        write_json(
-            job.spec.output / "saes.json",
-            {name: [one.model_dump(mode="json") for one in of_kind] for name, of_kind in listed.items()},
-        )
         write_table(job.spec.output / "sweep" / "table.csv", results)
         write_frontier(job.spec.output / "sweep" / "frontier.png", results)
     missing = len(trained) + len(failures) < len(wanted)

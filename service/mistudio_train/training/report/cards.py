@@ -1,15 +1,11 @@
-"""What the page shows of each feature: a record a feature, packed by the dozen so that a browser unpacks what is seen.
+"""What the page shows of each feature, a record each.
 
-Owns the records' fields and the page's size; the words in them are safe before they come in (`shown`).
+Owns the records' fields; the words in them are safe before they come in (`shown`).
 """
 
-import base64
-import gzip
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,17 +13,12 @@ from numpy.typing import NDArray
 from mistudio_train.training.promoted import Promoted
 
 from .neighbours import Neighbours
+from .packs import Card
 from .shown import Vocabulary, shown
 from .windows import Windows
 
-PACK: Final = 64
-"""Cards unpacked together."""
-CARDS_BYTES: Final = 12_000_000
-"""Of all packed cards at most, in the page."""
 STRENGTHS: Final = 99
 """A token's strength is a whole number from 0 to this, of the feature's maximum."""
-
-Card = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -80,18 +71,6 @@ def card(sources: Sources, feature: int) -> Card:
     if sources.promoted is not None:
         found |= _speaks_for(sources.promoted, sources.vocabulary, feature)
     return found
-
-
-def packed(cards: Iterator[Card], most: int = CARDS_BYTES) -> Iterator[tuple[int, str]]:
-    """So many of them as fit, some at a time: how many they are, and gzip in base64 of the JSON list."""
-    used = 0
-    while some := list(islice(cards, PACK)):
-        plain = json.dumps(some, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-        text = base64.b64encode(gzip.compress(plain, 6, mtime=0)).decode()
-        used += len(text)
-        if used > most:
-            return
-        yield len(some), text
 
 
 def _context(sources: Sources, number: int) -> Card:

@@ -21,7 +21,7 @@ from mistudio_train.training.promoted import Promoted
 from mistudio_train.training.texts import Texts
 from mistudio_train.training.tokens import RowIndex
 
-from .cards import Sources, card, excerpt, packed
+from .cards import Sources, card, excerpt
 from .entries import Entries, entries_of
 from .figures import (
     FIRING,
@@ -37,6 +37,7 @@ from .figures import (
 )
 from .images import write_bars, write_curves
 from .neighbours import Neighbours, neighbours
+from .packs import Card, packed
 from .page import Head, Index, Page, rendered
 from .places import Places
 from .shown import PIECE_MOST, Vocabulary, shown
@@ -162,7 +163,7 @@ def _words(material: Material, vocabulary: Vocabulary, start: int, stop: int) ->
     return [shown(piece, PIECE_MOST) for piece in vocabulary.pieces(tokens)]
 
 
-def _cards(sources: Sources, order: NDArray[np.int64], on_progress: Callable[[], None]) -> Iterator[dict[str, Any]]:
+def _cards(sources: Sources, order: NDArray[np.int64], on_progress: Callable[[], None]) -> Iterator[Card]:
     for feature in order.tolist():
         yield card(sources, feature)
         on_progress()
