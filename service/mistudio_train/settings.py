@@ -6,7 +6,7 @@ Secrets are `SecretStr`: they print as stars, and only the few lines that hand t
 import os
 import socket
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -17,6 +17,8 @@ from .messages import Logging
 
 GIB = 1024**3
 SinkName = Literal["tensorboard", "mlflow", "wandb"]
+SINK_NAMES: tuple[SinkName, ...] = get_args(SinkName)
+"""Those of their libraries, too."""
 CREDENTIALS = (
     "HF_TOKEN",
     "HUGGING_FACE_HUB_TOKEN",

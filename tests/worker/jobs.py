@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -199,7 +200,8 @@ def logs(spec: JobSpec, send: Send) -> Finished:
 
 
 def log_line(sae: str, number: int, step: int, loss: float) -> Logged:
-    return Logged(sae, number, (json.dumps({"event": "step", "step": step, "loss": loss}),))
+    strange: dict[str, object] = {} if math.isfinite(loss) else {"loss": None, "not_finite": {"loss": str(loss)}}
+    return Logged(sae, number, (json.dumps({"event": "step", "step": step, "loss": loss} | strange),))
 
 
 def waits_in(phase: Phase) -> Job:

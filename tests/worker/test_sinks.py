@@ -21,7 +21,7 @@ from mistudio_schemas import TrainCompleted, TrainRequested
 from mistudio_train.errors import ChildDied
 from mistudio_train.messages import JobSpec, Lease, Logged
 from mistudio_train.sae.trainer import Trainer
-from mistudio_train.settings import Settings
+from mistudio_train.settings import SINK_NAMES, Settings
 from mistudio_train.training import reporter
 from mistudio_train.training.run import run_job
 from mistudio_train.worker.sinks import feeds
@@ -33,7 +33,6 @@ from tests.training.conftest import Listener
 from . import curves, jobs
 from .bus import events, publish, reading, request, running_worker
 
-ALL = ("tensorboard", "mlflow", "wandb")
 TEXTS = [f"the cat sat on mat {number} and looked at {number % 7} birds" for number in range(60)]
 SAES = [{"kind": "topk", "k": k, "hidden_dim": 64, "batch_size": 128, "name": f"k{k}"} for k in (2, 4)]
 SECRET = "hf_very_secret"
@@ -48,7 +47,7 @@ def sinks_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Of all three, each in a folder of the test's own."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     return Settings.model_validate(
-        {"sinks": ",".join(ALL), "data_path": tmp_path, "mlflow_tracking_uri": str(tmp_path / "mlruns")}
+        {"sinks": SINK_NAMES, "data_path": tmp_path, "mlflow_tracking_uri": str(tmp_path / "mlruns")}
     )
 
 
@@ -116,6 +115,22 @@ def holds(folder: Path, secret: bytes) -> bool:
     return any(secret in path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
+async def test_of_a_log_that_is_taken_back_tensorboard_shows_the_second_try_and_mlflow_what_is_beyond_the_first(
+    sinks_settings: Settings, tmp_path: Path
+) -> None:
+    """As after a divergence: the first line stays, the others come again with other figures, and one more."""
+    tries = [[(10, 1.0), (20, 2.0), (30, float("nan"))], [(10, 1.0), (20, 0.5), (30, 0.25), (40, 0.125)]]
+    settings = sinks_settings.model_copy(update={"sinks": ("tensorboard", "mlflow"), "sink_close_seconds": 60})
+    async with closed(Sinks(settings)) as sinks:
+        with sinks.following(spec(tmp_path), pytest.fail) as followed:
+            for points in tries:
+                for number, (step, loss) in enumerate(points):
+                    followed.hear(jobs.log_line("a", number, step, loss))
+    assert curves.of_tensorboard(tmp_path / "tensorboard" / "job-1-r1")["a/step/loss"] == tries[1]
+    _, kept = curves.of_mlflow(str(tmp_path / "mlruns"))
+    assert str(kept["a/step/loss"]) == str([*tries[0], tries[1][3]])
+
+
 def dies_in_step(number: int, spec: JobSpec) -> list[Any]:
     """What a child says whose training of the second SAE dies in this step; another step saves nothing."""
     parent, real, seen = Listener(), Trainer.step, list[Trainer]()
@@ -163,7 +178,7 @@ asyncio.run(main())
 
 
 def test_libraries_are_loaded_when_there_is_a_curve_and_bring_no_torch(tmp_path: Path) -> None:
-    asked = {"SINKS": ",".join(ALL), "MLFLOW_TRACKING_URI": str(tmp_path / "ml"), "WANDB_MODE": "offline"}
+    asked = {"SINKS": ",".join(SINK_NAMES), "MLFLOW_TRACKING_URI": str(tmp_path / "ml"), "WANDB_MODE": "offline"}
     env = os.environ | asked | {"DATA_PATH": str(tmp_path), "SINK_CLOSE_SECONDS": "60"}
     said = subprocess.run([sys.executable, "-c", LEAN], env=env, capture_output=True, text=True, check=True)
     assert json.loads(said.stdout) == [[], ["mlflow", "tensorboard", "wandb"], False], said.stderr

@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -55,11 +55,7 @@ def run(
     else:
         show_end(event)
         say(f"The files are in {to}." if isinstance(event, TrainCompleted) else "No file was written.")
-    status = Exit.COMPLETED if isinstance(event, TrainCompleted) else Exit.FAILED
-    if sinks.hang:  # else its library may have Python wait for it, for ever
-        sys.stdout.flush()
-        os._exit(status)
-    raise typer.Exit(status)
+    _leave(Exit.COMPLETED if isinstance(event, TrainCompleted) else Exit.FAILED, sinks)
 
 
 def _train(
@@ -87,7 +83,15 @@ def _train(
             return asyncio.run(train_here(job, listen, sinks))
     except (KeyboardInterrupt, asyncio.CancelledError):
         say("Interrupted; nothing was written.")
-        raise typer.Exit(Exit.INTERRUPTED) from None
+        _leave(Exit.INTERRUPTED, sinks)
+
+
+def _leave(status: Exit, sinks: "Sinks") -> NoReturn:
+    """End the process; at once where a sink hangs, as its library would have Python wait for it, W&B's for ever."""
+    if sinks.hang:
+        sys.stdout.flush()
+        os._exit(status)
+    raise typer.Exit(status)
 
 
 def _corpus(name: str, folder: Path) -> Path | None:

@@ -10,13 +10,12 @@ import os
 import queue
 import re
 import threading
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
 from mistudio_train.errors import JobError, brief
 from mistudio_train.messages import JobSpec, Logged
-from mistudio_train.settings import Settings, SinkName
+from mistudio_train.settings import SINK_NAMES, Settings, SinkName
 
 from .sink import Line, Outcome, Shown, Sink, lines_of
 
@@ -30,6 +29,10 @@ MOST_HUNG = 4
 WHY_CHARACTERS = 500
 
 
+_importing = threading.Lock()
+"""Two threads that import libraries with modules in common may each see one half made; NumPy warned of it."""
+
+
 def open_sink(name: SinkName, settings: Settings, shown: Shown) -> Sink:
     """Open a sink; its library is imported here and nowhere else.
 
@@ -37,17 +40,23 @@ def open_sink(name: SinkName, settings: Settings, shown: Shown) -> Sink:
         Exception: of any kind, from the library.
 
     """
+    with _importing:
+        opening = _opening(name)
+    return opening(settings, shown)
+
+
+def _opening(name: SinkName) -> Callable[[Settings, Shown], Sink]:
     if name == "tensorboard":
         from .tensorboard_files import TensorBoardFiles
 
-        return TensorBoardFiles(settings.tensorboard_folder, shown)
+        return lambda settings, shown: TensorBoardFiles(settings.tensorboard_folder, shown)
     if name == "mlflow":
         from .mlflow_run import MLflowRun
 
-        return MLflowRun(settings.mlflow_tracking_uri, settings.mlflow_experiment_name, shown)
+        return lambda settings, shown: MLflowRun(settings.mlflow_tracking_uri, settings.mlflow_experiment_name, shown)
     from .wandb_run import WandbRun
 
-    return WandbRun(settings.wandb_project, settings.wandb_folder, shown)
+    return lambda settings, shown: WandbRun(settings.wandb_project, settings.wandb_folder, shown)
 
 
 class Sinks:
@@ -66,7 +75,7 @@ class Sinks:
             warn: called in the event loop, and not after the block.
 
         """
-        self._feeds = [feed for feed in self._feeds if feed.alive]
+        self._feeds = [feed for feed in self._feeds if feed.alive or not feed.ended]
         curves = Curves(spec.job_id, warn, self._settings.sink_close_seconds)
         curves.feeds = [feed for name in self._settings.sinks if (feed := self._feed(name, spec, curves))]
         self._feeds += curves.feeds
@@ -82,9 +91,12 @@ class Sinks:
 
     async def close(self, seconds: float) -> None:
         """After the last job: wait for what is on its way, so long at most."""
-        until = time.monotonic() + min(seconds, self._settings.sink_close_seconds)
+        seconds = max(0.0, min(seconds, self._settings.sink_close_seconds))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                for feed in self._feeds:
+                    await asyncio.to_thread(feed.join, seconds)
         for feed in self._feeds:
-            await asyncio.to_thread(feed.join, max(0.0, until - time.monotonic()))
             feed.overdue()
         await asyncio.sleep(0)  # for the warnings
 
@@ -95,7 +107,7 @@ class Sinks:
 
     def _feed(self, name: SinkName, spec: JobSpec, curves: "Curves") -> "Feed | None":
         say = partial(curves.dropped, name)
-        if sum(feed.name == name and feed.dropped for feed in self._feeds) >= MOST_HUNG:
+        if sum(feed.name == name and feed.dropped and feed.alive for feed in self._feeds) >= MOST_HUNG:
             say("it hangs since earlier jobs")
             return None
         shown = Shown.of(spec)
@@ -161,7 +173,7 @@ class Feed:
         self.name, self.of, self._open, self._say, self._wait = name, of, open_, say, wait
         self._queue: queue.Queue[Logged | None] = queue.Queue(MOST_WAITING)
         self._thread = threading.Thread(target=self._work, name=f"sink-{name}", daemon=True)
-        self._lock, self._over, self.dropped = threading.Lock(), False, False
+        self._lock, self._over, self.dropped, self.ended = threading.Lock(), False, False, False
         self._outcome: Outcome = "interrupted"
 
     @property
@@ -179,7 +191,7 @@ class Feed:
 
     def end(self, outcome: Outcome) -> None:
         """Nothing more comes; never waits."""
-        self._outcome = outcome
+        self._outcome, self.ended = outcome, True
         if self.alive and not self.dropped:
             self._put(None)
 
@@ -233,7 +245,7 @@ class Feed:
 
 def _why(error: BaseException) -> str:
     """For a log and an event, with no secret in it."""
-    if isinstance(error, ModuleNotFoundError):
+    if isinstance(error, ModuleNotFoundError) and error.name in SINK_NAMES:
         return f"{error.name} is not installed; pip install 'mistudio-train[sinks]' brings it"
     text = re.sub(r"//[^/@\s]+@", "//[secret]@", f"{type(error).__name__}: {error}")
     for name, value in os.environ.items():
