@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mistudio_schemas import SAEMetrics
-from mistudio_train.training.advice import on_result, on_rows
+from mistudio_train.training.advice import on_result, on_rows, on_sparsity
 
 WIDTH = 16
 
@@ -83,3 +83,13 @@ def test_what_is_odd_is_said(rows: int, figures: SAEMetrics, active: NDArray[np.
     (said,) = on_result("a", rows, 100, figures, active)
     assert said.startswith("a: ")
     assert part in said
+
+
+@pytest.mark.parametrize(("share", "said"), [(None, False), (0.01, False), (0.1, False), (0.48, True)])
+def test_an_sae_that_is_hardly_sparse_is_said_to_be(share: float | None, said: bool) -> None:
+    metrics = SAEMetrics(**dict.fromkeys(SAEMetrics.model_fields)).model_copy(update={"fraction_active": share})
+    found = list(on_sparsity("s", "standard", metrics))
+    assert bool(found) == said
+    if said:
+        assert "48% of the latents" in found[0]
+        assert "sparsity_coeff" in found[0]

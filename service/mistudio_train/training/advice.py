@@ -20,6 +20,8 @@ MANY_FAINT: Final = 0.25
 """Of the latents that live: more with so few texts each are worth a word."""
 BY_HEART: Final = 1.5
 """Held-out FVU by that of the training rows."""
+DENSE: Final = 0.1
+"""Share of the latents that is active on a row: above it an SAE is hardly sparse."""
 SAMPLE: Final = 2000
 TWINS: Final = 0.999
 """Cosine, about the mean, of two rows of which one adds nothing."""
@@ -70,6 +72,17 @@ def on_result(name: str, rows: int, d_sae: int, metrics: SAEMetrics, active_rows
     faint = int((living < FEW_TEXTS_A_LATENT).sum())
     if faint > MANY_FAINT * len(living):
         yield f"{name}: {faint} of {len(living)} latents are active on fewer than {FEW_TEXTS_A_LATENT} texts"
+
+
+def on_sparsity(name: str, kind: str, metrics: SAEMetrics) -> Iterator[str]:
+    """Of any SAE: whether it is one."""
+    share = metrics.fraction_active
+    if share is not None and share > DENSE:
+        remedy = "a larger sparsity_coeff, or" if kind == "standard" else "fewer of them, or"
+        yield (
+            f"{name}: {share:.0%} of the latents are active on a row, so it is hardly sparse and its features say "
+            f"little; ask for {remedy} the kind batchtopk"
+        )
 
 
 def _share_of_twins(centred_ND: Tensor) -> float:

@@ -134,6 +134,8 @@ def write_result(
     result = _result(context, trained, evaluation.metrics(fitted.final_loss, cross_entropy), place)
     statistics = evaluation.statistics().result()
     rates_F = torch.tensor(statistics["feature_activation_rates"], dtype=torch.float64)
+    for sentence in advice.on_sparsity(result.name, result.kind, result.metrics):
+        reporter.warn(sentence)
     if context.mean_pooled:
         active_rows_F = (rates_F * rows.rows).round().long().numpy()
         for sentence in advice.on_result(result.name, rows.rows, fitted.sae.d_sae, result.metrics, active_rows_F):
