@@ -223,11 +223,11 @@ def test_a_transcoder_of_a_pretrained_model_does_in_saelens_what_it_does_here(tm
 
     folder, texts = (
         demo_inputs.smollm2_folder(),
-        [text for text in demo_inputs._evenly(demo_inputs._bible(), 40) if len(text) < 700],
+        [text for text in demo_inputs._evenly(demo_inputs._bible(), 20) if len(text) < 700],
     )
     sae = {"kind": "batchtopk", "k": 32, "learning_rate": 3e-3, "batch_size": 128}
     one = spec(
-        folder, tmp_path / "job", texts, pooling="token", layer_number=9, left_out=[], hidden_dim=512, max_epochs=8,
+        folder, tmp_path / "job", texts, pooling="token", layer_number=9, left_out=[], hidden_dim=512, max_epochs=4,
         held_out=0.2, max_sequence_length=256, cross_entropy_tokens=1_000_000,
         sae=sae | {"hook_site": "mlp_in", "predicts": "mlp_out"},
     )  # fmt: skip
