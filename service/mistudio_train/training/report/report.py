@@ -182,7 +182,7 @@ def _index(
 def _note(index: Index, order: NDArray[np.int64], promoted: Promoted | None, material: Material) -> str:
     note = (
         f"{len(index.feature):,} of {index.total:,} features have a card here; "
-        f"{index.total - len(order):,} others are never active or weaker than these. "
+        f"{index.total - len(order):,} are never active, or weaker than all of these. "
     )
     if len(index.feature) < len(order):
         note += f"The page has no room for {len(order) - len(index.feature):,} weaker ones; the store has all. "
