@@ -34,6 +34,10 @@ class SAEFields(Contract):
     """Passes over the activations; `null`: the request's."""
     seed: int | None = Field(None, ge=0, le=2**63 - 1)
     """Seeds initialisation and the order of rows; `null`: the request's."""
+    init_from: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = None
+    """A trained SAE of the same kind and widths that training goes on from, with a fresh optimiser and schedule: a run
+    in the worker's store (`job_id`, `job_id/run` or `job_id/run/name`), or a folder as SAELens writes it, an
+    `s3://bucket/path` or a path in a folder that the operator allows; `null`: a fresh start."""
 
     def model_post_init(self, context: Any) -> None:
         """The kind counts as given also where the class says it: no reader could tell the kind without it."""
@@ -78,6 +82,12 @@ class ScheduledFields(SAEFields):
     patience: int | None = Field(None, ge=0)
     """Training ends after so many epochs without a lower FVU on held-out rows; 0: never for this reason; `null`: 0,
     of a mean-pooled job 10."""
+
+    @model_validator(mode="after")
+    def _no_transcoder_goes_on(self) -> Self:
+        if self.init_from is not None and self.predicts is not None:
+            raise ValueError("A transcoder cannot go on from a trained one yet: leave out 'init_from' or 'predicts'")
+        return self
 
 
 class PenaltyFields(ScheduledFields):

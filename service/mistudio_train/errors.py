@@ -5,6 +5,7 @@ JobError
 ├── RequestRefused      request.*            the request must change
 ├── CorpusRefused       corpus.*             the corpus must change
 ├── ModelRefused        model.*              the model, its name or its folder must change
+├── StartRefused        sae.*                the SAE that `init_from` names, or the request, must change
 ├── NotEnoughMemory     memory.insufficient  planned before any training; a smaller job or a larger machine
 ├── MemoryExhausted     memory.exhausted     ran out although the plan had shrunk                  retryable
 ├── GpuUnavailable      gpu.unavailable      the GPU asked for is not there
@@ -73,6 +74,12 @@ class ModelRefused(JobError):
     """The language model is missing, forbidden, or of a shape that we cannot read."""
 
     code = ErrorCode.MODEL_NOT_FOUND
+
+
+class StartRefused(JobError):
+    """The SAE to go on from is missing, forbidden, or not what the request asks for."""
+
+    code = ErrorCode.SAE_UNSUITABLE
 
 
 class NotEnoughMemory(JobError):

@@ -3,6 +3,7 @@
 Imports no torch and no Kafka, so that both sides can. The child's files go through the workspace folder.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -47,6 +48,8 @@ class JobSpec:
     bundle_max_bytes: int
     model: Path | None = None
     """The folder of a model that the parent has brought; `None`: the child finds it."""
+    starts: Mapping[str, Path] = field(default_factory=dict)
+    """The folders of trained SAEs, by the `init_from` that names them; a local one is where it was."""
     model_folders: tuple[Path, ...] = ()
     """Local folders that models may be loaded from."""
     allow_unsafe_models: bool = False

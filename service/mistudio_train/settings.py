@@ -93,11 +93,11 @@ class Settings(BaseSettings):
     local_corpus_folders: list[Path] = []
     """Folders that requests may read corpora from, besides `DATA_PATH/samples`; a JSON list."""
     local_model_folders: list[Path] = []
-    """Folders that requests may load models from; a JSON list."""
+    """Folders that requests may load models from, and SAEs to go on from; a JSON list."""
     corpus_buckets: list[str] = []
     """Buckets that `s3://` corpora may come from, besides the worker's own; a JSON list."""
     model_buckets: list[str] = []
-    """Buckets that `s3://` models may come from, besides the worker's own; a JSON list."""
+    """Buckets that `s3://` models, and SAEs to go on from, may come from, besides the worker's own; a JSON list."""
     model_cache_max_bytes: int = Field(100 * GIB, ge=1)
     """Of the disk below `DATA_PATH` that models from buckets may take together, for all workers on it."""
     allow_unsafe_models: bool = False

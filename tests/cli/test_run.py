@@ -212,3 +212,26 @@ def test_what_cannot_be_run_is_refused(
     assert (ended.status, ended.out) == (2, "")
     assert says in ended.err
     assert "Traceback" not in ended.err
+
+
+def test_an_sae_goes_on_from_a_folder_of_an_earlier_run(cli: Cli, tmp_path: Path) -> None:
+    folder = tiny_model("gpt2", tmp_path / "models" / "tiny")
+    (tmp_path / "corpus.txt").write_text("\n".join(f"{text} {n}" for n in range(8) for text in SENTENCES))
+    request = tmp_path / "request.yaml"
+    request.write_text(
+        f"model_name: {folder}\ncorpus_file: corpus.txt\nlayer_number: 1\npooling: token\nmax_epochs: 1\n"
+        "sae: {kind: gated, hidden_dim: 64, batch_size: 64}\n"
+    )
+    common = ("--corpus-folder", tmp_path)
+    assert cli("run", request, "--to", tmp_path / "first", *common).status == 0
+    start = f"sae.init_from={tmp_path / 'first' / 'sae'}"
+    ended = cli("run", request, "--to", tmp_path / "second", *common, "--set", start)
+    assert ended.status == 0, ended.err
+    config = json.loads((tmp_path / "second" / "metadata.json").read_text())["sae_config"]
+    assert config["init_from"] == str(tmp_path / "first" / "sae")
+    refused = cli("run", request, "--to", tmp_path / "third", *common, "--set", start, "--set", "sae.hidden_dim=128")
+    assert refused.status == 1
+    assert "Set hidden_dim to 64" in refused.err
+    absent = cli("run", request, "--to", tmp_path / "third", *common, "--set", "sae.init_from=some-job/1")
+    assert absent.status == 2
+    assert "init_from is a local folder" in absent.err

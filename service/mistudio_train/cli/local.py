@@ -5,7 +5,7 @@ import hashlib
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,6 +41,8 @@ class LocalJob:
     settings: Settings
     model_folders: tuple[Path, ...] = ()
     """Folders that the model may be in, besides the settings'."""
+    starts: Mapping[str, Path] = field(default_factory=dict)
+    """Folders of the SAEs to go on from, as the request names them."""
     token: str | None = field(default=None, repr=False)
 
 
@@ -110,6 +112,7 @@ def _spec(job: LocalJob, workspace: Path, lease: Lease) -> JobSpec:
         lease=lease,
         uri_prefix=f"{job.to.as_uri()}/",
         bundle_max_bytes=job.request.bundle_max_bytes or settings.bundle_max_bytes,
+        starts=job.starts,
         model_folders=(*settings.local_model_folders, *job.model_folders),
         allow_unsafe_models=settings.allow_unsafe_models,
         memory_limit_bytes=settings.memory_limit_bytes,

@@ -22,6 +22,24 @@ def folder_of_model(request: TrainRequested) -> list[Path]:
     return [model.parent] if model.is_absolute() and model.is_dir() else []
 
 
+def starts_of(request: TrainRequested) -> dict[str, Path]:
+    """The folders of the SAEs that the request's go on from, by the names that it has for them.
+
+    Raises:
+        CliError: if one is no folder here.
+
+    """
+    names = [sae.init_from for sae in request.resolved_saes() if sae.init_from is not None]
+    folders = {name: Path(name).expanduser().resolve() for name in names}
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise CliError(
+                f"there is no folder {name} here, to go on from",
+                "Without a store init_from is a local folder; of a run: mistudio-train fetch JOB --to DIR, DIR/sae.",
+            )
+    return folders
+
+
 def hub_token(request: TrainRequested, settings: Settings) -> str | None:
     """The hub's token from this environment.
 

@@ -14,7 +14,7 @@ from mistudio_train.settings import Settings
 from .display import Bars, say, show_end
 from .environment import load_settings
 from .errors import CliError, Exit
-from .local_model import folder_of_model, hub_token, with_model_folder
+from .local_model import folder_of_model, hub_token, starts_of, with_model_folder
 from .request_input import assign, checked, read_request_file
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def _train(
         to,
         settings,
         tuple(folder_of_model(request)),
+        starts_of(request),
         hub_token(request, settings),
     )
     try:

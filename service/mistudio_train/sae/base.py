@@ -156,6 +156,14 @@ class SparseAutoencoder(nn.Module, ABC):
     def prepare(self, rows_ND: Tensor) -> None:
         """See a first sample of rows, once, before any step."""
 
+    @abstractmethod
+    def start_from(self, trained: FoldedSAE) -> None:
+        """Be, on rows as they are, what `trained` is; after `prepare`, whose scale stays, and before any step.
+
+        Raises:
+            CannotStart: if this kind cannot.
+        """
+
     def before_update(self) -> None:
         """Act on the gradients, after `backward` and before they are clipped."""
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .folded import FoldedSAE
+from .folded import CannotStart, FoldedSAE, is_one_value
 from .ksparse import KSparseAutoencoder
 from .largest import LargestOfBatch
 from .scaled import ScaledOptions
@@ -52,6 +52,20 @@ class BatchTopKAutoencoder(KSparseAutoencoder):
         """The activations h / s, so that they and their decoder rows make up x and not z."""
         pre_BF = self.pre_activations(x_BD)
         return torch.where(pre_BF > self._finite_threshold, pre_BF.relu(), 0) / self.scale
+
+    @torch.no_grad()
+    def start_choice(self, trained: FoldedSAE) -> None:
+        """Only of an SAE with one threshold for all its latents, which is known before the first step then."""
+        if trained.threshold is None:
+            raise CannotStart("it has no threshold", "Train it as the kind that it is.")
+        if not is_one_value(trained.threshold):
+            least, most = float(trained.threshold.min()), float(trained.threshold.max())
+            raise CannotStart(
+                f"with decoder rows of norm 1 its thresholds are from {least:.4g} to {most:.4g}, and the kind "
+                f"{self.kind!r} has one for all latents",
+                "Train the kind 'jumprelu'.",
+            )
+        self.threshold.copy_(trained.threshold.double().mean() * self.scale.double())
 
     def folded(self) -> FoldedSAE:
         """With the threshold θ / s."""

@@ -13,6 +13,18 @@ from torch.nn import functional
 from .largest import largest_of_rows
 from .sparse import Active, active_above
 
+SAME_TO = 1e-4
+"""Relative difference up to which norms, or thresholds, count as one."""
+LEAST_NORM = 1e-12
+
+
+class CannotStart(ValueError):
+    """A kind of SAE cannot be, on all rows, what a trained one is; `hint` says what to do."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
 
 @dataclass(frozen=True, eq=False)
 class FoldedSAE:
@@ -39,6 +51,8 @@ class FoldedSAE:
     """Latents kept a row; `None`: all that are positive."""
     threshold: Tensor | None = None
     """[d_sae]: a latent is kept where it is above; `None`: where it is positive."""
+    gain: Tensor | None = None
+    """[d_sae], of `gated`: magnitudes by gates. Says nothing of the features; training that goes on needs it."""
 
     @property
     def d_in(self) -> int:
@@ -77,6 +91,36 @@ class FoldedSAE:
             decoder_weight=self.decoder_weight.to(device),
             decoder_bias=self.decoder_bias.to(device),
             threshold=None if self.threshold is None else self.threshold.to(device),
+            gain=None if self.gain is None else self.gain.to(device),
+        )
+
+    def with_unit_rows(self) -> "FoldedSAE":
+        """The same function with decoder columns of norm 1: activations and thresholds are larger by what these were.
+
+        Raises:
+            CannotStart: if a column has no direction, or other latents would then be a row's k largest.
+        """
+        norm_F = torch.linalg.vector_norm(self.decoder_weight, dim=0, dtype=torch.float64)
+        least, most = float(norm_F.min()), float(norm_F.max())
+        if least <= LEAST_NORM:
+            latent = int(norm_F.argmin())
+            raise CannotStart(
+                f"the decoder row of latent {latent} is zero, and rows have norm 1 here",
+                "Use another SAE, or 'standard'.",
+            )
+        if self.k is not None and not is_one_value(norm_F):
+            raise CannotStart(
+                f"its decoder rows have norms from {least:.4g} to {most:.4g}; with norm 1, as here, other latents "
+                "would be the k largest",
+                "Only a topk SAE whose decoder rows are equally long, or that SAELens saved with "
+                "rescale_acts_by_decoder_norm, can be gone on from.",
+            )
+        return replace(
+            self,
+            encoder_weight=plain(self.encoder_weight * norm_F[:, None]),
+            encoder_bias=plain(self.encoder_bias * norm_F),
+            decoder_weight=plain(self.decoder_weight / norm_F),
+            threshold=None if self.threshold is None else plain(self.threshold * norm_F),
         )
 
     @torch.no_grad()
@@ -113,6 +157,12 @@ class FoldedSAE:
     @cached_property
     def _decoder_rows_FD(self) -> Tensor:  # noqa: N802
         return self.decoder_weight.T.contiguous()
+
+
+def is_one_value(values_F: Tensor) -> bool:
+    """Whether they are all the same, as far as rounding goes."""
+    least, most = float(values_F.min()), float(values_F.max())
+    return most - least <= SAME_TO * max(abs(least), abs(most))
 
 
 def plain(weight: Tensor) -> Tensor:

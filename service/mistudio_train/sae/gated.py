@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .base import StepInput, StepOutput
-from .folded import FoldedSAE, plain
+from .folded import CannotStart, FoldedSAE, plain
 from .gates import gate
 from .scaled import ScaledAutoencoder, ScaledOptions
 from .sparse import active_above, decode_at
@@ -84,9 +84,27 @@ class GatedAutoencoder(ScaledAutoencoder):
         for parameter in (self.r_mag, self.b_mag):
             parameter[which_F.to(parameter.device)] = 0
 
+    @torch.no_grad()
+    def start_choice(self, trained: FoldedSAE) -> None:
+        """Of any SAE with thresholds: the gate is (m - s threshold) / gain, and its gain 1 if nobody knows it."""
+        if trained.threshold is None:
+            raise CannotStart("it has no gates and no thresholds", "Train it as the kind that it is.")
+        gain_F = torch.ones_like(trained.threshold) if trained.gain is None else trained.gain
+        self.b_mag.copy_(self.unfolded_bias(trained))
+        self.r_mag.copy_(gain_F.double().log())
+        exact_F = self.r_mag.double().exp()
+        self.W_enc.copy_(trained.encoder_weight / exact_F[:, None])
+        self.b_enc.copy_((self.b_mag.double() - trained.threshold.double() * self.scale.double()) / exact_F)
+
     def folded(self) -> FoldedSAE:
         """The magnitudes' encoder, with thresholds: p > 0 exactly where m > b_mag - e^r b_enc."""
         gain_F, magnitude_F = self.r_mag.detach().double().exp(), self.b_mag.detach().double()
         weight_FD, bias_F = self.folded_encoder(gain_F[:, None] * self.W_enc.detach().double(), magnitude_F)
         threshold_F = (magnitude_F - gain_F * self.b_enc.detach().double()) / self.scale.double()
-        return replace(super().folded(), encoder_weight=weight_FD, encoder_bias=bias_F, threshold=plain(threshold_F))
+        return replace(
+            super().folded(),
+            encoder_weight=weight_FD,
+            encoder_bias=bias_F,
+            threshold=plain(threshold_F),
+            gain=plain(gain_F),
+        )

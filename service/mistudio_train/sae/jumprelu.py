@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .base import StepInput, StepOutput
-from .folded import FoldedSAE, plain
+from .folded import CannotStart, FoldedSAE, plain
 from .gates import jump_relu
 from .scaled import ScaledAutoencoder, ScaledOptions
 from .sparse import active_above, decode_at, encode_at
@@ -102,6 +102,18 @@ class JumpReLUAutoencoder(ScaledAutoencoder):
         """Their thresholds, too, begin again."""
         super().reset_latents(which_F, generator)
         self.log_threshold[which_F.to(self.log_threshold.device)] = torch.tensor(self.initial_threshold).log()
+
+    @torch.no_grad()
+    def start_choice(self, trained: FoldedSAE) -> None:
+        """Only of an SAE whose thresholds are positive, as θ = exp(τ) is."""
+        if trained.threshold is None:
+            raise CannotStart("it has no thresholds", "Train it as the kind that it is.")
+        if not bool((trained.threshold > 0).all()):
+            number = int((trained.threshold <= 0).sum())
+            raise CannotStart(
+                f"{number} of its thresholds are not above zero, as those of this kind are", "Train the kind 'gated'."
+            )
+        self.log_threshold.copy_((trained.threshold.double() * self.scale.double()).log())
 
     def folded(self) -> FoldedSAE:
         """With the thresholds θ / s."""

@@ -38,6 +38,7 @@ class L1Autoencoder(ScaledAutoencoder):
 
     kind: ClassVar[str] = "standard"
     decoder_start = 0.3
+    has_unit_rows = False
 
     def __init__(
         self,

@@ -5,19 +5,18 @@ minimised, is the kinds'; which are dead is the trainer's to say.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from .base import SparseAutoencoder, StepInput, StepOutput, sides
-from .folded import FoldedSAE, plain
+from .folded import LEAST_NORM, CannotStart, FoldedSAE, plain
 from .kernels import fused
 from .largest import largest_of_rows
 from .sparse import Active, Everywhere, centred_bias, decode_at, encode_at, with_bias
 
-LEAST_NORM = 1e-12
 DECODER_RATE = 2.0
 """The decoder's learning rate by the others': its rows have norm 1, where those of others begin at 0.1 and turn sooner.
 This, the encoder's smaller start, and a clipping that truly clips, are from a language model's rows: the FVU of `topk`
@@ -83,6 +82,8 @@ class ScaledAutoencoder(SparseAutoencoder):
     x_centre: Tensor
     """r and c, of a transcoder only."""
     encoder_start = 0.5
+    has_unit_rows: ClassVar[bool] = True
+    """Whether the decoder's rows are held at norm 1."""
 
     def __init__(self, d_in: int, d_sae: int, options: ScaledOptions, generator: torch.Generator) -> None:
         super().__init__(d_in, d_sae, generator)
@@ -128,6 +129,32 @@ class ScaledAutoencoder(SparseAutoencoder):
             self.x_centre.copy_(centre_D * scale)
             assert y_ND is not None  # a transcoder's rows have both
             self._point_decoder(x_ND, y_ND)
+
+    @torch.no_grad()
+    def start_from(self, trained: FoldedSAE) -> None:
+        """`folded` the other way round: b_dec is s times its bias, b_enc = s b + W_enc b_dec, for its own W_enc and b.
+
+        Of the sample only s is left, which any value of would give the same function.
+        """
+        if self.transcodes:
+            raise CannotStart("a transcoder cannot go on from a trained SAE", "Leave out 'init_from' or 'predicts'.")
+        if self.has_unit_rows:
+            trained = trained.with_unit_rows()
+        self.W_dec.copy_(trained.decoder_weight.T)
+        self.b_dec.copy_(trained.decoder_bias.double() * self.scale.double())
+        self.W_enc.copy_(trained.encoder_weight)
+        self.b_enc.copy_(self.unfolded_bias(trained))
+        self.start_choice(trained)
+
+    def unfolded_bias(self, trained: FoldedSAE) -> Tensor:
+        """What is added to W (z - b_dec), for its own W, to give s times its pre-activations: fp64 [d_sae]."""
+        weight_FD, bias_F = trained.encoder_weight.double(), trained.encoder_bias.double()
+        return bias_F * self.scale.double() + weight_FD @ self.b_dec.detach().double()
+
+    def start_choice(self, trained: FoldedSAE) -> None:
+        """Let the same latents be active; weights and biases are set. Raises `CannotStart`."""
+        if trained.k is not None or trained.threshold is not None:
+            raise CannotStart("it keeps fewer latents than a ReLU does", "Train it as the kind that it is.")
 
     def _point_decoder(self, x_ND: Tensor, y_ND: Tensor) -> None:
         """Where y does not vary with x, the rows stay as they were drawn."""

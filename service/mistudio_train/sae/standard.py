@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .base import SparseAutoencoder, StepInput, StepOutput, count_active
-from .folded import FoldedSAE, plain
+from .folded import CannotStart, FoldedSAE, plain
 
 
 class StandardAutoencoder(SparseAutoencoder):
@@ -57,6 +57,16 @@ class StandardAutoencoder(SparseAutoencoder):
             l0=active_rows_F.sum() / len(acts_BF),
             active_rows_F=active_rows_F,
         )
+
+    @torch.no_grad()
+    def start_from(self, trained: FoldedSAE) -> None:
+        """Its weights as they are."""
+        if trained.k is not None or trained.threshold is not None:
+            raise CannotStart("it keeps fewer latents than a ReLU does", "Train it as the kind that it is.")
+        self.W_enc.copy_(trained.encoder_weight)
+        self.b_enc.copy_(trained.encoder_bias)
+        self.W_dec.copy_(trained.decoder_weight.T)
+        self.b_dec.copy_(trained.decoder_bias)
 
     def folded(self) -> FoldedSAE:
         """The weights as they are."""

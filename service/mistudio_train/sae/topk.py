@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .folded import FoldedSAE
+from .folded import CannotStart, FoldedSAE
 from .ksparse import KSparseAutoencoder
 from .largest import largest_of_rows
 from .sparse import Active
@@ -25,6 +25,13 @@ class TopKAutoencoder(KSparseAutoencoder):
         acts_BF = self.pre_activations(x_BD).relu()
         active = self.choose(acts_BF)
         return active.dense(active.pick(acts_BF)) / self.scale
+
+    def start_choice(self, trained: FoldedSAE) -> None:
+        """Only of an SAE with the same k."""
+        if trained.k is None:
+            raise CannotStart("it keeps no fixed number of latents a row", "Train it as the kind that it is.")
+        if trained.k != self.k:
+            raise CannotStart(f"it keeps {trained.k} latents a row, and k is {self.k}", f"Set k to {trained.k}.")
 
     def folded(self) -> FoldedSAE:
         """With the number of latents that stay."""

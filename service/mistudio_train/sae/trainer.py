@@ -12,6 +12,7 @@ from torch import Tensor
 from . import kernels
 from .base import RARE_BELOW, SparseAutoencoder, StepInput, sides
 from .figures import Divergence, EpochFigures, Late, StepFigures, Sums, diverged
+from .folded import FoldedSAE
 from .recipe import EarlyStopping, Precision, Recipe
 from .replay import Replay
 
@@ -76,9 +77,15 @@ class Trainer:
         """Whether all steps are made."""
         return self.steps >= self.total_steps
 
-    def prepare(self, rows_ND: Tensor) -> None:
-        """Show the SAE a first sample of rows, before any step; not again after resuming."""
+    def prepare(self, rows_ND: Tensor, start: FoldedSAE | None = None) -> None:
+        """Show the SAE a first sample of rows, before any step, and let it begin as `start`; not after resuming.
+
+        Raises:
+            CannotStart: if the SAE's kind cannot be what `start` is.
+        """
         self.sae.prepare(rows_ND.to(self.device))
+        if start is not None:
+            self.sae.start_from(start.to(self.device))
 
     def step(self, rows_BD: Tensor) -> None:
         """One update from a batch of rows, on any device and in any float type. Does not wait for the device.

@@ -4,7 +4,7 @@ Joins the store of rows to the trainer; knows no kind, no file but the log, and 
 """
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -139,6 +139,7 @@ def fit(
     log_path: Path,
     kept: Kept,
     steps_after: int = 0,
+    start: Callable[[], FoldedSAE] | None = None,
 ) -> Fitted:
     """Train the SAE that `config` (resolved) names, from where it was saved last if it was.
 
@@ -154,6 +155,7 @@ def fit(
         log_path: of the log, which gets a line a measurement and a line an epoch.
         kept: where to save.
         steps_after: of the SAEs still to come, for the estimate of the time left.
+        start: reads what it begins as, where that is a trained SAE.
 
     Raises:
         TrainingDiverged: if it did so again.
@@ -173,7 +175,7 @@ def fit(
         flop = 12 * recipe.batch_size * rows.d_in * trainer.sae.d_sae
         with TrainingLog(log_path, partial(reporter.logged, name)) as log, _threads_for(flop), freed_memory_kept():
             watch = _Watch(trainer, reporter, log, name, held_out, steps_after)
-            fitting = _Fitting(trainer, rows, kept, reporter, watch)
+            fitting = _Fitting(trainer, rows, kept, reporter, watch, start)
             try:
                 fitting.begin(state, SLOWER if again else None)
                 fitting.run()
@@ -190,14 +192,24 @@ def fit(
 class _Fitting:
     """A training under way, which can end after any step."""
 
-    def __init__(self, trainer: Trainer, rows: Rows, kept: Kept, reporter: Reporter, watch: "_Watch") -> None:
+    def __init__(
+        self,
+        trainer: Trainer,
+        rows: Rows,
+        kept: Kept,
+        reporter: Reporter,
+        watch: "_Watch",
+        start: Callable[[], FoldedSAE] | None,
+    ) -> None:
         self._trainer, self._rows, self._kept, self._reporter, self._watch = trainer, rows, kept, reporter, watch
+        self._start = start
         self.epochs: list[EpochFigures] = []
 
     def begin(self, state: dict[str, Any] | None, rate: float | None) -> None:
         """From what `_save` saved, or anew; with another share of the learning rate, if one is given."""
         if state is None:
-            self._trainer.prepare(self._rows.sample(SAMPLE_ROWS))
+            start = None if self._start is None else self._start()
+            self._trainer.prepare(self._rows.sample(SAMPLE_ROWS), start)
         else:
             self._trainer.load_state_dict(state["trainer"])
             self.epochs = [EpochFigures(**figures) for figures in state["epochs"]]

@@ -5,6 +5,7 @@ Reads model files and nothing else; knows no store, and not what is done with th
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from mistudio_schemas import TrainRequested
@@ -22,13 +23,23 @@ def request_digest(request: TrainRequested) -> str:
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
 
 
-def identity_of(request: TrainRequested, source: ModelSource, corpus_sha256: str) -> str:
-    """A sha256 over the request, the model with its tokenizer, the corpus and the version of the code.
+def identity_of(
+    request: TrainRequested, source: ModelSource, corpus_sha256: str, starts: Sequence[str | None] = ()
+) -> str:
+    """A sha256 over the request, the model with its tokenizer, the corpus, what its SAEs go on from (`starts`: of each
+    the content, `None` where it starts afresh) and the version of the code.
 
     A model on the hub counts by its commit; one in a folder by the content of every file, which takes as long as
     reading it.
     """
-    parts = [request_digest(request), source.name, content_of(source), corpus_sha256, __version__]
+    parts = [
+        request_digest(request),
+        source.name,
+        content_of(source),
+        corpus_sha256,
+        *filter(None, starts),
+        __version__,
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

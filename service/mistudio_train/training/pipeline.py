@@ -28,6 +28,7 @@ from .run import Accepted
 from .saelens import Origin
 from .selection import MOST_LEFT_OUT, Selection, hold_out, select
 from .sites import Ends
+from .start_weights import refuse_unsuitable
 from .sweep import free, make_saes
 from .tokens import Rules
 from .wanted import Wanted
@@ -49,6 +50,8 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
     (spec.output / "request.json").write_bytes(spec.request.to_json())
     with reporter.one_call():  # of a model in a folder all files are read
         fingerprint = _fingerprint(job)
+    with reporter.one_call():
+        refuse_unsuitable(spec.request.resolved_saes(), job.starts)
     checkpoints = Checkpoints(spec.workspace, fingerprint, spec.checkpoint_seconds, reporter.saved)
     for warning in checkpoints.warnings:
         reporter.warn(warning)
@@ -73,7 +76,7 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
     refuse_hopeless(spec, extraction.corpus.texts, job.source.d_in)  # a token budget may have left too few
     selections = _select(context, job, extraction, reporter)
     wanted = [
-        Wanted(position, config, ends, _stores(extraction, ends), selections[ends], origins[ends])
+        Wanted(position, config, ends, _stores(extraction, ends), selections[ends], origins[ends], job.starts[position])
         for position, (config, ends) in enumerate(zip(spec.request.resolved_saes(), job.sites.of_saes, strict=True))
     ]
     sweep = make_saes(wanted, context, job, extraction.tokens, checkpoints, reporter)
@@ -102,6 +105,7 @@ def _fingerprint(job: Accepted) -> dict[str, object]:
         "request": request_digest(spec.request),
         "model": f"{job.source.name}@{content_of(job.source)}",
         "corpus": job.texts.sha256,
+        "init_from": [one.sha256 if one else None for one in job.starts],
         "device": plan.device.partition(":")[0],
         "dtype": plan.dtype,
         "quantization": plan.quantization,

@@ -16,6 +16,7 @@ from .memory_plan import MemoryPlan, plan_memory
 from .model_source import ModelSource, inspect
 from .reporter import Reporter
 from .sites import Sites, resolve_sites
+from .start import Start, open_starts
 from .texts import Texts
 
 
@@ -28,6 +29,8 @@ class Accepted:
     sites: Sites
     plan: MemoryPlan
     texts: Texts
+    starts: tuple[Start | None, ...]
+    """What each SAE goes on from."""
     corpus_commit: str | None = None
     """Of a dataset of the hub."""
 
@@ -51,7 +54,7 @@ def run_job(spec: JobSpec, parent: Parent) -> Finished:
 
 
 def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
-    """Judge the job: model, layers, memory, corpus.
+    """Judge the job: model, layers, what it goes on from, memory, corpus.
 
     Raises:
         JobError: if it cannot be done.
@@ -68,6 +71,8 @@ def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
             allow_unsafe=spec.allow_unsafe_models,
         )
     sites = resolve_sites(request, source.total_layers)
+    with reporter.one_call():  # all of its bytes are read
+        starts = open_starts(request.resolved_saes(), spec.starts, source.d_in)
     plan = plan_memory(source, spec)
     for warning in (*sites.warnings, *plan.warnings):
         reporter.warn(warning)
@@ -87,8 +92,10 @@ def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
         refuse_hopeless(spec, len(texts), source.d_in)
     if spec.identify:
         with reporter.one_call():
-            reporter.identified(identity_of(request, source, texts.sha256))
-    return Accepted(spec, source, sites, plan, texts, commit)
+            reporter.identified(
+                identity_of(request, source, texts.sha256, [one.sha256 if one else None for one in starts])
+            )
+    return Accepted(spec, source, sites, plan, texts, starts, commit)
 
 
 def _chat_template(spec: JobSpec, source: ModelSource, reporter: Reporter) -> Render | None:

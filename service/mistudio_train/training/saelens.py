@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mistudio_train.sae.folded import FoldedSAE
+from mistudio_train.start_files import CFG, GATES, WEIGHTS
 
 from .files import refused, write_json, write_tensors
 
@@ -66,7 +67,7 @@ def saelens_cannot(sae: FoldedSAE, origin: Origin) -> str | None:
 
 
 def write_saelens(folder: Path, sae: FoldedSAE, origin: Origin, firing_rate_F: Tensor) -> None:
-    """Write the folder that `SAE.load_from_disk` reads.
+    """Write the folder that `SAE.load_from_disk` reads, and beside it what only training that goes on asks for.
 
     Args:
         folder: is made if missing.
@@ -92,9 +93,11 @@ def write_saelens(folder: Path, sae: FoldedSAE, origin: Origin, firing_rate_F: T
     if sae.threshold is not None:
         weights["threshold"] = sae.threshold
     sparsity_F = torch.log10(firing_rate_F.to(torch.float32) + NEVER_FIRES)
-    write_tensors(folder / "sae_weights.safetensors", weights)
+    write_tensors(folder / WEIGHTS, weights)
+    if sae.gain is not None:
+        write_tensors(folder / GATES, {"gain": sae.gain})
     write_tensors(folder / "sparsity.safetensors", {"sparsity": sparsity_F})
-    write_json(folder / "cfg.json", _cfg(sae, origin))
+    write_json(folder / CFG, _cfg(sae, origin))
 
 
 def _architecture(sae: FoldedSAE, origin: Origin) -> str:

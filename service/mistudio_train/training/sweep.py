@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,7 @@ from .results import Context, Written, write_result
 from .run import Accepted
 from .shuffle import ShuffledRows
 from .spliced import Splice, cross_entropies
+from .start_weights import read_start
 from .tokens import Tokens
 from .wanted import Trained, Wanted
 
@@ -145,6 +147,7 @@ def _train(
             log_path=_log(one, job),
             kept=kept,
             steps_after=steps_after,
+            start=None if one.start is None else partial(read_start, one.start),
         )
 
 

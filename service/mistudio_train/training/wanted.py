@@ -9,6 +9,7 @@ from .fit import Fitted
 from .saelens import Origin
 from .selection import Selection
 from .sites import Ends
+from .start import Start
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Wanted:
     """The rows of `ends.sites`."""
     selection: Selection
     origin: Origin
+    start: Start | None = None
+    """What it goes on from."""
 
     @property
     def targets(self) -> ActivationStore | None:

@@ -131,10 +131,19 @@ def fetch_run(
     aside = to / f".fetch-{uuid4().hex}"
     try:
         for name, ref in wanted.items():
-            _fetch(store, ref, aside / name)
+            fetch_object(store, ref, aside / name)
         return [_move(aside / name, to / name) for name in wanted]
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def fetch_object(store: Store, ref: ArtifactRef, path: Path) -> None:
+    """Bring one object to disk. Raises as `fetch_run`; what it has then written is not to be used."""
+    try:
+        copied = store.get_file(ref.key, path, ref.bucket)
+    except (NotFound, KeyRefused):
+        raise _missing(ref.uri) from None
+    _check_sha256(ref.uri, copied.sha256, ref.sha256)
 
 
 def _files(folder: Path) -> dict[str, Path]:
@@ -199,14 +208,6 @@ def _mistudio(refs: list[ArtifactRef], job_id: str) -> dict[str, ArtifactRef]:
         if name not in by_name:
             raise ArtifactDamaged(f"the run has no {name}", "Fetch it with the plain layout to see what it has.")
     return {place: by_name[name] for name, place in places.items()}
-
-
-def _fetch(store: Store, ref: ArtifactRef, path: Path) -> None:
-    try:
-        copied = store.get_file(ref.key, path, ref.bucket)
-    except (NotFound, KeyRefused):
-        raise _missing(ref.uri) from None
-    _check_sha256(ref.uri, copied.sha256, ref.sha256)
 
 
 def _check_sha256(where: str, found: str, expected: str) -> None:

@@ -47,6 +47,7 @@ from .register import Register, RunLost
 from .reuse import find_result
 from .running import Running
 from .sinks.feeds import Curves, Sinks
+from .starts import fetch_starts
 from .store import Store
 from .workspace import bytes_in
 
@@ -119,11 +120,12 @@ class Attempt:
         await asyncio.to_thread(shutil.rmtree, self._workspace / "output", ignore_errors=True)
         corpus = await self._fetch_corpus()
         self._model = await self._fetch_model()
+        starts = await self._fetch_starts()
         await self._restore()
         self._feed.say(message="waiting for a device")
         who = self._running.who(self._settings.worker_id)
         async with self._devices.lease(self._request.gpu_id) as lease:
-            finished = await self._show_and_train(self._spec(corpus, lease))
+            finished = await self._show_and_train(self._spec(corpus, starts, lease))
         if isinstance(finished, TrainCompleted):
             return reused(who, finished, seconds=self._claim.record.age_seconds())
         artifacts, manifest = await self._deliver_files()
@@ -143,6 +145,14 @@ class Attempt:
             return None
         self._feed.say(phase="fetching", message=f"fetching the model {name}")
         return await patiently(lambda: fetch_model(name, self._settings, self._store, self._leave_if_over))
+
+    async def _fetch_starts(self) -> dict[str, Path]:
+        names = [sae.init_from for sae in self._request.resolved_saes() if sae.init_from is not None]
+        if not names:
+            return {}
+        self._feed.say(phase="fetching", message=f"fetching {', '.join(names)}, to go on from")
+        where = self._workspace / "starts"
+        return await patiently(lambda: fetch_starts(names, where, self._settings, self._store, self._register))
 
     def _leave_if_over(self) -> None:
         """In a thread that nobody waits for any more."""
@@ -291,7 +301,7 @@ class Attempt:
         self._feed.say(phase="publishing", message="publishing the result")
         return artifacts, manifest
 
-    def _spec(self, corpus: Path | None, lease: Lease) -> JobSpec:
+    def _spec(self, corpus: Path | None, starts: dict[str, Path], lease: Lease) -> JobSpec:
         settings, record = self._settings, self._claim.record
         limit = settings.memory_limit_bytes
         return JobSpec(
@@ -305,6 +315,7 @@ class Attempt:
             uri_prefix=self._store.uri(self._claim.attempt_prefix),
             bundle_max_bytes=self._request.bundle_max_bytes or settings.bundle_max_bytes,
             model=self._model.folder if self._model else None,
+            starts=starts,
             model_folders=tuple(settings.local_model_folders),
             allow_unsafe_models=settings.allow_unsafe_models,
             workspace_max_bytes=settings.workspace_max_bytes,
