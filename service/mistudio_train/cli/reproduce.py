@@ -23,7 +23,7 @@ from .display import Bars, results, say, show_end
 from .environment import load_settings
 from .errors import CliError, Exit
 from .finished import FinishedRun, finished_run
-from .local_model import folder_of_model, hub_token
+from .local_model import folder_of_model, hub_token, starts_of
 from .look import Job, Run
 
 commands = typer.Typer()
@@ -151,7 +151,7 @@ def _again(
     from .local import LocalJob, train_here
 
     models, token = tuple(folder_of_model(request)), hub_token(request, settings)
-    job = LocalJob(job_id, request, corpus, folder, settings, models, token)
+    job = LocalJob(job_id, request, corpus, folder, settings, models, starts_of(request), token)
     with Bars() as bars:
         return asyncio.run(train_here(job, bars.show, Sinks(settings.model_copy(update={"sinks": ()}))))
 
