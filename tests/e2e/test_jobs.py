@@ -28,11 +28,15 @@ COMPLETED = [
 FILES = {
     "feature_activations.pt",
     "metadata.json",
+    "report/curves.png",
+    "report/density.png",
+    "report/index.html",
     "request.json",
     "sae/cfg.json",
     "sae/sae_weights.safetensors",
     "sae/sparsity.safetensors",
     "sae_model.pt",
+    "saes.json",
     "training_log.jsonl",
 }
 
