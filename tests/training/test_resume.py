@@ -68,6 +68,7 @@ def undisturbed(model_folder: Folder, tmp_path_factory: pytest.TempPathFactory) 
 def job_of(kind: str, model_folder: Folder, workspace: Path, **fields: Any) -> JobSpec:
     several = [SAES[kind] | {"name": "first"}, SAES[kind] | {"name": "second", "layer_number": 0}]
     asked: dict[str, Any] = {"pooling": "token", "max_epochs": 3, "saes": several, "max_sequence_length": 16}
+    asked["report"] = False  # it is made of the files, whoever has written them
     one = spec(model_folder("llama"), workspace, TEXTS, **asked | fields)
     return replace(one, checkpoint_seconds=0.05)
 
