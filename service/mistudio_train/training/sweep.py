@@ -186,8 +186,8 @@ def _in_model(trained: Sequence[Trained], job: Accepted, tokens: Tokens, reporte
         losses = cross_entropies(
             model, splices, tokens, limit=spec.request.cross_entropy_tokens, on_progress=on_progress
         )
-        with reporter.one_call():
-            promoted = [promoted_tokens(model, one.fitted.sae) for one in trained]
+        with reporter.one_call():  # only the page shows them
+            promoted = [promoted_tokens(model, one.fitted.sae) if spec.request.report else None for one in trained]
     except ModelRefused as error:
         reporter.warn(f"no cross-entropy: {error}")
         return nothing

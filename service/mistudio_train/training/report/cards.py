@@ -4,7 +4,7 @@ Owns the records' fields; the words in them are safe before they come in (`shown
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -37,15 +37,10 @@ class Sources:
     neighbours: Neighbours
     promoted: Promoted | None
     vocabulary: Vocabulary
-    _first: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def windows_of(self, feature: int) -> range:
-        """Numbers of the feature's windows."""
-        if not self._first:
-            features, first, count = np.unique(self.windows.places.feature, return_index=True, return_counts=True)
-            for number, begin, size in zip(features.tolist(), first.tolist(), count.tolist(), strict=True):
-                self._first[number] = begin, begin + size
-        return range(*self._first.get(feature, (0, 0)))
+        """Numbers of the feature's windows, which are ordered by feature."""
+        return range(*np.searchsorted(self.windows.places.feature, (feature, feature + 1)).tolist())
 
 
 def card(sources: Sources, feature: int) -> Card:

@@ -40,6 +40,10 @@ CURVES: Final = (
 )
 
 
+Panel = tuple[str, list[tuple[str, Series]]]
+"""A title, and the curves below it by their labels."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """A number with its name and meaning."""
@@ -119,7 +123,7 @@ def judged_by(metrics: SAEMetrics) -> str:
     return f"On the {said(metrics.rows)} rows that it was trained on: no text was held out, so these flatter it."
 
 
-def curves(log: Path) -> list[tuple[str, list[tuple[str, Series]]]]:
+def curves(log: Path) -> list[Panel]:
     """The panels of the training log, those that have points."""
     lines = list(_lines(log))
     if sum(line["event"] == "step" for line in lines) < FEW_STEPS:  # a short run's epochs say more
@@ -137,7 +141,7 @@ def curves(log: Path) -> list[tuple[str, list[tuple[str, Series]]]]:
     return panels
 
 
-def curve_charts(panels: Sequence[tuple[str, list[tuple[str, Series]]]]) -> list[Chart]:
+def curve_charts(panels: Sequence[Panel]) -> list[Chart]:
     """The same, to be drawn on the page."""
     charts = (line_chart(title, "step", series, dots=_few(series)) for title, series in panels)
     return [one for one in charts if one is not None]

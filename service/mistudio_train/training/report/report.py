@@ -25,6 +25,7 @@ from .cards import Sources, card, excerpt
 from .entries import Entries, entries_of
 from .figures import (
     FIRING,
+    Panel,
     curve_charts,
     curves,
     frontier,
@@ -36,7 +37,7 @@ from .figures import (
     table,
 )
 from .images import write_bars, write_curves
-from .neighbours import Neighbours, neighbours
+from .neighbours import neighbours
 from .packs import Card, packed
 from .page import Head, Index, Page, rendered
 from .places import Places
@@ -115,10 +116,26 @@ def write_report(
     bounds = material.index.rows_of_text
     sources = Sources(rate_F, max_F, places.histogram_FB, windows, words, bounds, near, promoted, vocabulary)
     packs = list(packed(_cards(sources, order, on_progress)))
-    page = _page(folder, result, all_results, material, near, metadata)
-    index, texts = _index(order, rate_F, packs, material.whole_texts), [text for _, text in packs]
-    _write(folder / FOLDER, page(index, texts, _note(index, order, promoted, material)))
-    _write_pictures(folder, result)
+    index, panels = _index(order, rate_F, packs, material.whole_texts), curves(folder / "training_log.jsonl")
+    page = Page(
+        head=_head(result, material, metadata),
+        tiles=headlines(result, metadata["training_results"].get("training_seconds")),
+        asked=_asked(result, material, metadata),
+        warnings=material.warnings,
+        curves=curve_charts(panels),
+        judged_by=judged_by(result.metrics),
+        figures=table(result.metrics),
+        spreads=spreads(result.metrics, near),
+        sweep=sweep_rows(all_results, result),
+        frontier=frontier(all_results),
+        features_note=_note(index, order, promoted, material),
+        index=index,
+        packs=[text for _, text in packs],
+        load_lines=_load_lines(result, metadata),
+        request_json=_request_json(material, metadata),
+    )
+    _write(folder / FOLDER, page)
+    _write_pictures(folder / FOLDER, result, panels)
 
 
 def _strongest_first(sae: FoldedSAE, max_F: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -194,36 +211,12 @@ def _note(index: Index, order: NDArray[np.int64], promoted: Promoted | None, mat
     return note + "Promoted tokens are the head applied to the feature's direction: most telling in late blocks."
 
 
-def _page(
-    folder: Path,
-    result: SAEResult,
-    all_results: Sequence[SAEResult],
-    material: Material,
-    near: Neighbours,
-    metadata: dict[str, Any],
-) -> Callable[[Index, list[str], str], Page]:
-    head = Head(
+def _head(result: SAEResult, material: Material, metadata: dict[str, Any]) -> Head:
+    return Head(
         f"{result.name}: {result.kind}, {result.feature_count:,} latents",
         f"{Path(material.model.model_name).name}, {result.sites} of block {result.layer_number}, "
         f"{material.corpus.tokens:,} tokens of {material.corpus.texts:,} texts",
         f"Job {material.job_id}. Made by miStudioTrain {material.version} at {metadata['timestamp']}.",
-    )
-    return lambda index, packs, note: Page(
-        head=head,
-        tiles=headlines(result, metadata["training_results"].get("training_seconds")),
-        asked=_asked(result, material, metadata),
-        warnings=material.warnings,
-        curves=curve_charts(curves(folder / "training_log.jsonl")),
-        judged_by=judged_by(result.metrics),
-        figures=table(result.metrics),
-        spreads=spreads(result.metrics, near),
-        sweep=sweep_rows(all_results, result),
-        frontier=frontier(all_results),
-        features_note=note,
-        index=index,
-        packs=packs,
-        load_lines=_load_lines(result, metadata),
-        request_json=_request_json(material, metadata),
     )
 
 
@@ -282,10 +275,9 @@ def _write(folder: Path, page: Page) -> None:
         partial_file.write_text(rendered(page), encoding="utf-8")
 
 
-def _write_pictures(folder: Path, result: SAEResult) -> None:
-    panels = curves(folder / "training_log.jsonl")
+def _write_pictures(folder: Path, result: SAEResult, panels: Sequence[Panel]) -> None:
     if panels:
-        write_curves(folder / FOLDER / "curves.png", panels)
+        write_curves(folder / "curves.png", panels)
     if result.metrics.firing_histogram:
         title, below = f"{result.name}: firing density", "share of all rows on which a feature is active, from"
-        write_bars(folder / FOLDER / "density.png", title, below, FIRING, result.metrics.firing_histogram)
+        write_bars(folder / "density.png", title, below, FIRING, result.metrics.firing_histogram)
