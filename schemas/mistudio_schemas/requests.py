@@ -260,6 +260,12 @@ class TrainRequested(Contract):
             return self.held_out
         return 0.0 if self.sae is None and self.saes is None else HELD_OUT
 
+    @property
+    def starts(self) -> list[str]:
+        """What SAEs go on from (`init_from`), each once."""
+        named = (sae.init_from for sae in self.saes or [self.sae or StandardSAE()])
+        return list(dict.fromkeys(name for name in named if name is not None))
+
     def resolved_saes(self) -> list[SAEConfig]:
         """The SAEs with every inherited field filled in and a name each, the primary one first.
 

@@ -15,6 +15,7 @@ from mistudio_schemas import TrainCompleted
 
 from .display import number, results
 from .feature_view import Context, FeatureView
+from .finished import PAGE
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def show(outcome: Outcome) -> None:
         _line(out, "None passed: too few texts, or too little training.")
     _line(out, "")
     _line(out, f"The files: {folder}")
-    _line(out, f"The report, to open in a browser: {folder / 'report' / 'index.html'}")
+    _line(out, f"The report, to open in a browser: {folder / PAGE}")
     _line(out, "To load it in SAELens:")
     for line in saelens(event, folder):
         _line(out, f"    {line}")
@@ -91,7 +92,7 @@ def print_json(outcome: Outcome) -> None:
         "device": event.device,
         "features": [feature_json(feature) for feature in outcome.features],
         "folder": str(outcome.folder),
-        "report": str(outcome.folder / "report" / "index.html"),
+        "report": str(outcome.folder / PAGE),
         "files": [artifact.name for artifact in event.artifacts],
         "saelens": saelens(event, outcome.folder),
     }

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from mistudio_train.worker.store import Store
 
 SAES = "saes.json"
+PAGE = Path("report") / "index.html"
+"""Below an SAE's folder."""
 Wanted = Callable[[str], bool]
 
 
@@ -88,7 +90,7 @@ def finished_claim(store: "Store", job: str, run: int | None) -> "Claim":
     """
     from mistudio_train.worker.register import Register
 
-    runs = [claim for claim in Register(store).runs(checked_job_id(job)) if run in (None, claim.record.run)]
+    runs = list(Register(store).runs(checked_job_id(job), run))
     for claim in runs:
         if claim.record.state == "finished":
             return claim

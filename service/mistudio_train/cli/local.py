@@ -1,7 +1,6 @@
 """A job right here: the worker's child and files, with no broker and no store. Imported inside the command only."""
 
 import asyncio
-import hashlib
 import signal
 import tempfile
 import time
@@ -11,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from mistudio_schemas import ArtifactRef, TrainCompleted, TrainFailed, TrainProgress, TrainRequested
+from mistudio_train.digest import sha256_of
 from mistudio_train.errors import JobError
 from mistudio_train.gpu import list_gpus
 from mistudio_train.messages import ChildMessage, Finished, JobSpec, Lease, Logged, Logging, Warned
@@ -140,14 +140,12 @@ def _deliver(job: LocalJob, output: Path) -> dict[str, ArtifactRef]:
 
 
 def _ref(job: LocalJob, name: str, path: Path) -> ArtifactRef:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return ArtifactRef(
         name=name,
         bucket=str(job.to),
         key=name,
         uri=path.as_uri(),
         size=path.stat().st_size,
-        sha256=digest,
+        sha256=sha256_of(path),
         media_type=MEDIA_TYPES.get(path.suffix, OCTETS),
     )

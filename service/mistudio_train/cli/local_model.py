@@ -29,8 +29,7 @@ def starts_of(request: TrainRequested) -> dict[str, Path]:
         CliError: if one is no folder here.
 
     """
-    names = [sae.init_from for sae in request.resolved_saes() if sae.init_from is not None]
-    folders = {name: Path(name).expanduser().resolve() for name in names}
+    folders = {name: Path(name).expanduser().resolve() for name in request.starts}
     for name, folder in folders.items():
         if not folder.is_dir():
             raise CliError(

@@ -20,13 +20,12 @@ from mistudio_schemas import SAEResult
 
 from .display import number, results, sae_table, say
 from .errors import CliError
-from .finished import FinishedRun, finished_run
+from .finished import PAGE, SAES, FinishedRun, finished_run
 
 if TYPE_CHECKING:
     from mistudio_train.training.report.packs import Card
 
 commands = typer.Typer()
-PAGE = Path("report") / "index.html"
 FEATURES = 5
 CONTEXTS = 3
 RARE = 0.01
@@ -72,7 +71,7 @@ def show(
 
     Exit status: 0, or 2 when there is no such run or feature, or the store cannot be used.
     """
-    with finished_run(job, _is_page, run) as found:
+    with finished_run(job, lambda name: name.endswith(str(PAGE)), run) as found:
         one = found.sae(sae)
         cards = _cards(found, one, feature or [])
     if as_json:
@@ -97,7 +96,7 @@ def compare(
     Exit status: 0, or 2 when a run is not there or the store cannot be used.
     """
     with ExitStack() as stack:
-        found = [stack.enter_context(finished_run(job, lambda name: name == "saes.json")) for job in jobs]
+        found = [stack.enter_context(finished_run(job, lambda name: False)) for job in jobs]
         rows = [(run.name, sae) for run in found for sae in run.saes]
     rows.sort(key=lambda row: (row[1].metrics.fvu is None, row[1].metrics.fvu))
     if plot is not None:
@@ -113,7 +112,7 @@ def compare(
 
 
 def _is_page(name: str) -> bool:
-    return name == "saes.json" or name.endswith(("report/index.html", ".png"))
+    return name == SAES or name.endswith((str(PAGE), ".png"))
 
 
 def _page(found: FinishedRun, sae: SAEResult) -> Path:

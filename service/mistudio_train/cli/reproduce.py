@@ -4,7 +4,6 @@ Owns which files must be the same and the words for what differs. Imports no tor
 """
 
 import asyncio
-import hashlib
 import json
 import re
 import tempfile
@@ -17,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mistudio_schemas import TrainCompleted, TrainFailed, TrainRequested
+from mistudio_train.digest import sha256_of
 from mistudio_train.settings import Settings
 
 from .display import Bars, results, say, show_end
@@ -134,8 +134,7 @@ def _corpus(request: TrainRequested, folder: Path | None, scratch: Path, setting
 def _check_corpus(corpus: Path | None, sha256: str) -> None:
     if corpus is None:
         return
-    with corpus.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256_of(corpus)
     if found != sha256:
         raise CliError(
             f"{corpus} is not the corpus of that run: its sha256 is {found}, and was {sha256}",

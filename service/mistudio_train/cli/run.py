@@ -97,7 +97,9 @@ def _leave(status: Exit, sinks: "Sinks") -> NoReturn:
 
 def _corpus(name: str, folder: Path) -> Path | None:
     """The local file; `None`: a dataset of the hub."""
-    if name.startswith("hf://"):
+    from mistudio_train.worker.corpora import is_on_the_hub
+
+    if is_on_the_hub(name):
         return None
     path = (folder / Path(name).expanduser()).resolve()
     if not path.is_file():

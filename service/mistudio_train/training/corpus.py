@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from mistudio_schemas import ErrorCode
+from mistudio_train.digest import sha256_of
 from mistudio_train.errors import CorpusRefused
 
 from .parquet import parquet_texts
@@ -121,10 +122,7 @@ def _read(
 
 def _digest(paths: list[Path]) -> str:
     """Of the file's bytes; of several files of their digests in order."""
-    digests = []
-    for path in paths:
-        with path.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    digests = [sha256_of(path) for path in paths]
     return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 

@@ -6,10 +6,10 @@ Reads model files and nothing else; knows no store, and not what is done with th
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from mistudio_schemas import TrainRequested
 from mistudio_train import __version__
+from mistudio_train.digest import sha256_of
 
 from .model_source import ModelSource
 
@@ -48,10 +48,5 @@ def content_of(source: ModelSource) -> str:
     if source.commit is not None:
         return source.commit
     assert source.folder is not None  # without a commit it is a folder
-    digests = {name: _digest(source.folder / name) for name in sorted(source.files)}
+    digests = {name: sha256_of(source.folder / name) for name in sorted(source.files)}
     return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -210,11 +210,18 @@ def saes_bytes(d_in: int, spec: JobSpec, *, on_cpu: bool) -> int:
 def _buffer_bytes(d_in: int, spec: JobSpec) -> int:
     """Two buffers, or all rows where the corpus has so few bytes; of a packed one or conversations it may be any."""
     request, most = spec.request, 2 * spec.request.shuffle_bytes
-    packed = request.corpus_file.lower().endswith((".gz", ".parquet")) or request.corpus_holds == "conversations"
-    packed = packed or spec.corpus is None
-    tokens = most if packed else spec.corpus.stat().st_size if spec.corpus is not None and spec.corpus.exists() else 0
+    tokens = _most_tokens(spec, most)
     sites = 1 + any(sae.predicts for sae in request.resolved_saes())
     return min(most, 4 * sites * d_in * min(tokens, request.token_budget or tokens))
+
+
+def _most_tokens(spec: JobSpec, most: int) -> int:
+    """As many as the corpus has bytes; `most` where these do not tell."""
+    request = spec.request
+    packed = request.corpus_file.lower().endswith((".gz", ".parquet"))
+    if spec.corpus is None or packed or request.corpus_holds == "conversations":
+        return most
+    return spec.corpus.stat().st_size if spec.corpus.exists() else 0
 
 
 def sae_training_bytes(sae: SAEConfig, d_in: int, d_sae: int, batch_size: int, *, on_cpu: bool) -> int:

@@ -13,6 +13,7 @@ from typing import Any, Final
 from safetensors import SafetensorError, safe_open
 
 from mistudio_schemas import SAEConfig
+from mistudio_train.digest import sha256_of
 from mistudio_train.errors import StartRefused
 from mistudio_train.start_files import CFG, GATES, NAMES, WEIGHTS
 
@@ -73,13 +74,8 @@ def open_starts(configs: Sequence[SAEConfig], folders: Mapping[str, Path], d_in:
 
 def content_of(folder: Path) -> str:
     """A sha256 over the files that say what the SAE is."""
-    found = {name: _digest(folder / name) for name in NAMES if (folder / name).is_file()}
+    found = {name: sha256_of(folder / name) for name in NAMES if (folder / name).is_file()}
     return hashlib.sha256(json.dumps(found).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _opened(config: SAEConfig, name: str, folders: Mapping[str, Path], d_in: int) -> Start:

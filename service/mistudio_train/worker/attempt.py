@@ -9,6 +9,7 @@ import errno
 import logging
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import SecretStr
@@ -43,7 +44,7 @@ from .orders import Interrupted, Order
 from .outcome import completed, reused
 from .patience import patiently
 from .progress import CHILD_SHARE
-from .register import Register, RunLost
+from .register import Claim, Register, RunLost
 from .reuse import find_result
 from .running import Running
 from .sinks.feeds import Curves, Sinks
@@ -147,8 +148,7 @@ class Attempt:
         return await patiently(lambda: fetch_model(name, self._settings, self._store, self._leave_if_over))
 
     async def _fetch_starts(self) -> dict[str, Path]:
-        names = [sae.init_from for sae in self._request.resolved_saes() if sae.init_from is not None]
-        if not names:
+        if not (names := self._request.starts):
             return {}
         self._feed.say(phase="fetching", message=f"fetching {', '.join(names)}, to go on from")
         where = self._workspace / "starts"
@@ -246,9 +246,9 @@ class Attempt:
             case Saved() if self._uploads is not None:
                 self._uploads.hear(message.number)
             case Loaded(commit=str(commit)) if self._claim.record.model_commit is None:
-                self._tasks.append(asyncio.create_task(self._keep_model_commit(commit)))
+                self._tasks.append(asyncio.create_task(self._keep(self._register.keep_model_commit, commit)))
             case DatasetFound(commit) if self._claim.record.corpus_commit is None:
-                self._tasks.append(asyncio.create_task(self._keep_corpus_commit(commit)))
+                self._tasks.append(asyncio.create_task(self._keep(self._register.keep_corpus_commit, commit)))
             case Identified():
                 self._running.identity = message.identity
                 self._tasks.append(asyncio.create_task(self._look_for_result(message.identity)))
@@ -264,17 +264,11 @@ class Attempt:
         if self._child is not None:
             self._child.kill()
 
-    async def _keep_model_commit(self, commit: str) -> None:
-        """For the attempts to come; what keeps it from being written shows elsewhere."""
+    async def _keep(self, keep: Callable[[Claim, str], Claim], commit: str) -> None:
+        """Of the model or a dataset, for the attempts to come; what keeps it from being written shows elsewhere."""
         with contextlib.suppress(RunLost):
             ours = self._running.claim
-            self._running.claim = await patiently(lambda: self._register.keep_model_commit(ours, commit))
-
-    async def _keep_corpus_commit(self, commit: str) -> None:
-        """The same of a dataset."""
-        with contextlib.suppress(RunLost):
-            ours = self._running.claim
-            self._running.claim = await patiently(lambda: self._register.keep_corpus_commit(ours, commit))
+            self._running.claim = await patiently(lambda: keep(ours, commit))
 
     async def _look_for_result(self, identity: str) -> None:
         """Before the child has done much: an earlier run may have been asked for the same."""

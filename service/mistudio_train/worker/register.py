@@ -49,9 +49,11 @@ class Register:
         """The newest run of that very message; another topic, group or publication of it is another message."""
         return next((claim for claim in self.runs(job_id) if claim.record.message == message), None)
 
-    def runs(self, job_id: str) -> Iterator[Claim]:
-        """The job's runs, the newest first."""
+    def runs(self, job_id: str, only: int | None = None) -> Iterator[Claim]:
+        """The job's runs, the newest first; or the one of that number."""
         for run in sorted(self._numbers(job_id), reverse=True):
+            if only not in (None, run):
+                continue
             claim = self._read(self._key(job_id, run))
             if claim is not None:
                 yield claim

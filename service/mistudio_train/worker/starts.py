@@ -25,7 +25,7 @@ def fetch_starts(
     """The folder of each, below `to` or, of one that is local, where it is.
 
     Args:
-        names: `init_from` of the request's SAEs.
+        names: `init_from` of the request's SAEs, each once.
         to: a folder of ours.
         settings: say which buckets and folders; they are those of models.
         store: the worker's.
@@ -37,7 +37,7 @@ def fetch_starts(
 
     """
     folders = {}
-    for number, name in enumerate(dict.fromkeys(names)):
+    for number, name in enumerate(names):
         folder = to / str(number)
         if name.startswith("s3://"):
             _from_bucket(name, folder, settings, store)
@@ -86,9 +86,9 @@ def _local(name: str, settings: Settings) -> Path:
 def _from_run(name: str, to: Path, store: Store, register: Register) -> None:
     job_id, run, sae = _parts(name)
     claim = _finished(name, job_id, run, register)
-    assert claim.record.event is not None  # a finished run has one
+    event, _ = claim.ended()
+    assert isinstance(event, TrainCompleted)  # what a finished run ends with, and its manifest is kept
     assert claim.record.manifest is not None
-    event = TrainCompleted.from_json(claim.record.event.encode())
     place = _place(name, event, sae)
     try:
         manifest = read_manifest(store, claim.record.manifest.key, claim.record.manifest.sha256)
@@ -114,7 +114,7 @@ def _parts(name: str) -> tuple[str, int | None, str | None]:
 def _finished(name: str, job_id: str, run: int | None, register: Register) -> Claim:
     """The run, or the newest of the job that has a result."""
     try:
-        claims = [claim for claim in register.runs(job_id) if run in (None, claim.record.run)]
+        claims = list(register.runs(job_id, run))
     except KeyRefused:
         raise _not_found(name, "that names no run", FORMS) from None
     for claim in claims:
