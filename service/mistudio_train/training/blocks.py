@@ -137,12 +137,19 @@ def tap(block: nn.Module, model_type: str, hook_site: HookSite) -> Tap:
     module = next((module for path in paths if (module := _at(block, path)) is not None), None)
     if module is None:
         children = ", ".join(name for name, _ in block.named_children())
-        raise RequestRefused(
-            f"The hook site {hook_site} cannot be told in a block of the '{model_type}' model (it has {children})",
-            "Use hook_site resid_pre or resid_post, the residual stream before or after the block.",
-            ErrorCode.REQUEST_HOOK_SITE_UNSUPPORTED,
+        raise site_refused(
+            f"The hook site {hook_site} cannot be told in a block of the '{model_type}' model (it has {children})"
         )
     return Tap(module, "in" if hook_site == "mlp_in" else "out")
+
+
+def site_refused(message: str) -> RequestRefused:
+    """A site that the model has not, and what every model has."""
+    return RequestRefused(
+        message,
+        "Use hook_site resid_pre or resid_post, the residual stream before or after the block.",
+        ErrorCode.REQUEST_HOOK_SITE_UNSUPPORTED,
+    )
 
 
 def _path(family: Family, hook_site: HookSite) -> str:

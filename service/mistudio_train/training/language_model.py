@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
 from mistudio_schemas import ErrorCode
-from mistudio_train.errors import JobError, MemoryExhausted, ModelRefused, RequestRefused
+from mistudio_train.errors import JobError, MemoryExhausted, ModelRefused
 
-from .blocks import Look, Tap, end_before, find_blocks, tap
+from .blocks import Look, Tap, end_before, find_blocks, site_refused, tap
 from .memory_plan import MemoryPlan
 from .model_source import ModelSource
 from .sites import Site
@@ -110,11 +110,7 @@ class LanguageModel:
 
     def _seen(self, site: Site, caught: dict[Site, Tensor]) -> Tensor:
         if site not in caught:
-            raise RequestRefused(
-                f"{self.source.name} runs past the module that gives {site}",
-                "Use hook_site resid_pre or resid_post, the residual stream before or after the block.",
-                ErrorCode.REQUEST_HOOK_SITE_UNSUPPORTED,
-            )
+            raise site_refused(f"{self.source.name} runs past the module that gives {site}")
         return caught[site]
 
     def _by_text(self, acts: Tensor, batch: int, length: int) -> Tensor:

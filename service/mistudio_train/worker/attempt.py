@@ -32,6 +32,7 @@ from mistudio_train.messages import (
 from mistudio_train.settings import Settings
 
 from .artifacts import upload, write_manifest
+from .buckets import is_in_a_bucket
 from .checkpoints import CheckpointUploads, restore
 from .child import Child
 from .child_main import Job
@@ -39,7 +40,7 @@ from .corpora import fetch_corpus, is_on_the_hub
 from .devices import Devices
 from .intake import Intake
 from .model_cache import HeldModel
-from .models import fetch_model, is_in_a_bucket
+from .models import fetch_model
 from .orders import Interrupted, Order
 from .outcome import completed, reused
 from .patience import patiently

@@ -5,6 +5,7 @@ Judges names and places only; what is in a corpus is the child's to read.
 
 import difflib
 import unicodedata
+from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 
@@ -12,7 +13,8 @@ from mistudio_schemas import ErrorCode
 from mistudio_train.errors import CorpusRefused
 from mistudio_train.settings import Settings
 
-from .objects import KeyRefused, NotFound, ObjectInfo, Store, StoreForbids
+from .buckets import is_in_a_bucket, parted, reading, shown
+from .objects import NotFound, ObjectInfo, Store
 
 FORMATS = {
     ".txt": "text/plain",
@@ -81,7 +83,7 @@ def fetch_corpus(corpus_file: str, to: Path, settings: Settings, store: Store) -
         DiskFull: if it does not fit.
 
     """
-    if corpus_file.startswith("s3://"):
+    if is_in_a_bucket(corpus_file):
         return _from_bucket(corpus_file, to, settings, store)
     if "/" in corpus_file or "\\" in corpus_file:
         return _from_folder(corpus_file, settings)
@@ -112,7 +114,7 @@ def checked_name(name: str) -> str:
         or len(plain.encode()) > MAX_NAME_BYTES
     ):
         raise CorpusRefused(
-            f"{_shown(name)} is no name of a corpus",
+            f"{shown(name)} is no name of a corpus",
             f"Use a plain file name of at most {MAX_NAME_BYTES} bytes: no '/', no control characters, no leading dot.",
             ErrorCode.CORPUS_NOT_ALLOWED,
         )
@@ -121,21 +123,16 @@ def checked_name(name: str) -> str:
 
 
 def _from_bucket(uri: str, to: Path, settings: Settings, store: Store) -> Path:
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    bucket, key = parted(uri)
     if bucket not in (store.bucket, *settings.corpus_buckets):
         raise _not_allowed(uri, f"Use one of the buckets {', '.join([store.bucket, *settings.corpus_buckets])}.")
     path = to / f"corpus{_suffix(key)}"
     try:
-        store.get_file(key, path, bucket)
-    except KeyRefused:
-        raise _not_allowed(uri, "Name an object by its plain key: no '..', no control characters.") from None
-    except StoreForbids:
-        if bucket == store.bucket:
-            raise
-        raise _not_allowed(uri, "The worker's credentials do not open that bucket; ask its operator.") from None
+        with reading(bucket, store, "an object", partial(_not_allowed, uri)):
+            store.get_file(key, path, bucket)
     except NotFound:
         hint = "Check bucket and key."
-        raise CorpusRefused(f"there is no corpus {_shown(uri)}", hint, ErrorCode.CORPUS_NOT_FOUND) from None
+        raise CorpusRefused(f"there is no corpus {shown(uri)}", hint, ErrorCode.CORPUS_NOT_FOUND) from None
     return path
 
 
@@ -149,7 +146,7 @@ def _from_folder(name: str, settings: Settings) -> Path:
     found = _in_folders(name, settings)
     if found is None:
         hint = f"Folders that this worker reads: {allowed}."
-        raise CorpusRefused(f"there is no corpus {_shown(name)}", hint, ErrorCode.CORPUS_NOT_FOUND)
+        raise CorpusRefused(f"there is no corpus {shown(name)}", hint, ErrorCode.CORPUS_NOT_FOUND)
     return found
 
 
@@ -177,7 +174,7 @@ def _suffix(name: str) -> str:
     ending = "".join(suffixes[-2:] if suffixes[-1:] == [".gz"] else suffixes[-1:])
     if ending.removesuffix(".gz") not in FORMATS:
         raise CorpusRefused(
-            f"the format of {_shown(name)} is not known",
+            f"the format of {shown(name)} is not known",
             f"Use a file that ends in {', '.join(FORMATS)}, or in one of these and .gz.",
             ErrorCode.CORPUS_UNREADABLE,
         )
@@ -188,13 +185,8 @@ def _folder(store: Store) -> str:
     return f"{store.prefix}corpora/"
 
 
-def _shown(name: str) -> str:
-    """For an error: quoted, so that no control character gets out, and not for ever."""
-    return repr(name if len(name) <= MAX_NAME_BYTES else f"{name[:MAX_NAME_BYTES]}…")
-
-
 def _not_allowed(name: str, hint: str) -> CorpusRefused:
-    return CorpusRefused(f"the corpus {_shown(name)} is not allowed", hint, ErrorCode.CORPUS_NOT_ALLOWED)
+    return CorpusRefused(f"the corpus {shown(name)} is not allowed", hint, ErrorCode.CORPUS_NOT_ALLOWED)
 
 
 def _not_found(name: str, store: Store) -> CorpusRefused:
@@ -202,4 +194,4 @@ def _not_found(name: str, store: Store) -> CorpusRefused:
     there = [found.key.removeprefix(folder) for found in islice(store.list(folder), HINTED_NAMES)]
     near = difflib.get_close_matches(name, there, n=3)
     hint = "Put it there: mistudio-train corpus put FILE" + (f". Did you mean {', '.join(near)}?" if near else "")
-    return CorpusRefused(f"there is no corpus {_shown(name)} in the store", hint, ErrorCode.CORPUS_NOT_FOUND)
+    return CorpusRefused(f"there is no corpus {shown(name)} in the store", hint, ErrorCode.CORPUS_NOT_FOUND)

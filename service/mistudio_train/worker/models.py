@@ -6,6 +6,7 @@ Judges names, places and listings only; what is in a file of a model is the chil
 import hashlib
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from mistudio_schemas import ErrorCode
@@ -13,15 +14,9 @@ from mistudio_train.errors import ModelRefused, StoreUnavailable
 from mistudio_train.model_files import is_wanted, refuse_pickles
 from mistudio_train.settings import Settings
 
+from .buckets import parted, reading, shown
 from .model_cache import HeldModel, ModelCache
-from .objects import KeyRefused, NotFound, ObjectInfo, Store, StoreForbids
-
-SHOWN_CHARACTERS = 200
-
-
-def is_in_a_bucket(model_name: str) -> bool:
-    """Whether the worker has to bring the model; all others the child finds itself."""
-    return model_name.startswith("s3://")
+from .objects import NotFound, ObjectInfo, Store
 
 
 def fetch_model(
@@ -46,7 +41,7 @@ def fetch_model(
     names = [name for name in listed if is_wanted(name, allow_unsafe=settings.allow_unsafe_models)]
     if "config.json" not in names:
         raise ModelRefused(
-            f"{_shown(model_name)} holds no config.json",
+            f"{shown(model_name)} holds no config.json",
             "Name the folder that save_pretrained has written: s3://bucket/path/of/it.",
             ErrorCode.MODEL_UNSUPPORTED,
         )
@@ -61,7 +56,7 @@ def fetch_model(
             if not path.is_file() or path.stat().st_size != info.size:
                 store.get_file(info.key, path, bucket)
         if _content_of(wanted) != _content_of({name: now for name, now in again().items() if name in wanted}):
-            raise StoreUnavailable(f"{_shown(model_name)} was changed while it was read", "It is read again.")
+            raise StoreUnavailable(f"{shown(model_name)} was changed while it was read", "It is read again.")
 
     def again() -> dict[str, ObjectInfo]:
         return _listing(model_name, bucket, prefix, store)
@@ -71,7 +66,7 @@ def fetch_model(
 
 
 def _place(model_name: str, settings: Settings, store: Store) -> tuple[str, str]:
-    bucket, _, path = model_name.removeprefix("s3://").partition("/")
+    bucket, path = parted(model_name)
     allowed = [store.bucket, *settings.model_buckets]
     if bucket not in allowed:
         raise _not_allowed(model_name, f"Use one of the buckets {', '.join(allowed)}.")
@@ -83,17 +78,12 @@ def _place(model_name: str, settings: Settings, store: Store) -> tuple[str, str]
 def _listing(model_name: str, bucket: str, prefix: str, store: Store) -> dict[str, ObjectInfo]:
     """The objects of the folder itself, by their names in it."""
     try:
-        found = {info.key.removeprefix(prefix): info for info in store.list(prefix, bucket)}
-    except KeyRefused:
-        raise _not_allowed(model_name, "Name a folder by its plain key: no '..', no control characters.") from None
-    except StoreForbids:
-        if bucket == store.bucket:
-            raise
-        raise _not_allowed(model_name, "The worker's credentials do not open that bucket; ask its operator.") from None
+        with reading(bucket, store, "a folder", partial(_not_allowed, model_name)):
+            found = {info.key.removeprefix(prefix): info for info in store.list(prefix, bucket)}
     except NotFound:
         found = {}
     if not found:
-        raise ModelRefused(f"there is no model {_shown(model_name)}", "Check bucket and path.")
+        raise ModelRefused(f"there is no model {shown(model_name)}", "Check bucket and path.")
     return {name: info for name, info in found.items() if name and "/" not in name}
 
 
@@ -104,9 +94,4 @@ def _content_of(listed: dict[str, ObjectInfo]) -> str:
 
 
 def _not_allowed(model_name: str, hint: str) -> ModelRefused:
-    return ModelRefused(f"the model {_shown(model_name)} is not allowed", hint, ErrorCode.MODEL_NOT_ALLOWED)
-
-
-def _shown(name: str) -> str:
-    """For an error: quoted, so that no control character gets out, and not for ever."""
-    return repr(name if len(name) <= SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}…")
+    return ModelRefused(f"the model {shown(model_name)} is not allowed", hint, ErrorCode.MODEL_NOT_ALLOWED)

@@ -4,6 +4,7 @@ Judges names and places only; what is in a file is the child's to read.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from mistudio_schemas import ArtifactRef, ErrorCode, TrainCompleted
@@ -12,10 +13,10 @@ from mistudio_train.settings import Settings
 from mistudio_train.start_files import CFG, NAMES, WEIGHTS
 
 from .artifacts import ArtifactDamaged, fetch_object, read_manifest
-from .objects import KeyRefused, NotFound, Store, StoreForbids
+from .buckets import is_in_a_bucket, parted, reading, shown
+from .objects import KeyRefused, NotFound, Store
 from .register import Claim, Register
 
-SHOWN_CHARACTERS = 200
 FORMS = "Name a run (job_id, job_id/run or job_id/run/name), s3://bucket/path, or a folder by its whole path."
 
 
@@ -39,7 +40,7 @@ def fetch_starts(
     folders = {}
     for number, name in enumerate(names):
         folder = to / str(number)
-        if name.startswith("s3://"):
+        if is_in_a_bucket(name):
             _from_bucket(name, folder, settings, store)
         elif name.startswith("/"):
             folder = _local(name, settings)
@@ -50,19 +51,14 @@ def fetch_starts(
 
 
 def _from_bucket(name: str, to: Path, settings: Settings, store: Store) -> None:
-    bucket, _, path = name.removeprefix("s3://").partition("/")
+    bucket, path = parted(name)
     allowed = [store.bucket, *settings.model_buckets]
     if bucket not in allowed or not path.strip("/"):
         raise _not_allowed(name, f"Name a folder in one of the buckets {', '.join(allowed)}.")
     for file in NAMES:
         try:
-            store.get_file(f"{path.rstrip('/')}/{file}", to / file, bucket)
-        except KeyRefused:
-            raise _not_allowed(name, "Name a folder by its plain key: no '..', no control characters.") from None
-        except StoreForbids:
-            if bucket == store.bucket:
-                raise
-            raise _not_allowed(name, "The worker's credentials do not open that bucket; ask its operator.") from None
+            with reading(bucket, store, "a folder", partial(_not_allowed, name)):
+                store.get_file(f"{path.rstrip('/')}/{file}", to / file, bucket)
         except NotFound:
             if file in (CFG, WEIGHTS):
                 raise _not_found(name, f"it has no {file}", "Check bucket and path.") from None
@@ -135,12 +131,8 @@ def _place(name: str, event: TrainCompleted, sae: str | None) -> str:
 
 
 def _not_found(name: str, reason: str, hint: str) -> StartRefused:
-    return StartRefused(f"there is no SAE {_shown(name)} to go on from: {reason}", hint, ErrorCode.SAE_NOT_FOUND)
+    return StartRefused(f"there is no SAE {shown(name)} to go on from: {reason}", hint, ErrorCode.SAE_NOT_FOUND)
 
 
 def _not_allowed(name: str, hint: str) -> StartRefused:
-    return StartRefused(f"the SAE {_shown(name)} is not allowed", hint, ErrorCode.SAE_NOT_ALLOWED)
-
-
-def _shown(name: str) -> str:
-    return repr(name if len(name) <= SHOWN_CHARACTERS else f"{name[:SHOWN_CHARACTERS]}…")
+    return StartRefused(f"the SAE {shown(name)} is not allowed", hint, ErrorCode.SAE_NOT_ALLOWED)
