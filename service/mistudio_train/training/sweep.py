@@ -19,6 +19,7 @@ from mistudio_train.messages import LeftEarly
 from mistudio_train.sae.build import recipe_for
 
 from .allocator import give_back
+from .card import write_card
 from .checkpoints import Checkpoints, KeptTraining
 from .files import write_json
 from .fit import HELD_OUT_ROWS, FailedBefore, Fitted, NothingTrained, fit
@@ -210,7 +211,16 @@ def _write_all(
         free(job.plan)
     if job.spec.request.report:
         _report_all(trained, in_model, written, context, reporter)
+    _write_cards(trained, written, context, reporter)
     return written
+
+
+def _write_cards(trained: Sequence[Trained], written: Sequence[Written], context: Context, reporter: Reporter) -> None:
+    """Of those that SAELens loads; the last of an SAE's files, as a card says every warning."""
+    for number, (one, result) in enumerate(zip(trained, (one.result for one in written), strict=True)):
+        folder = context.spec.output / (one.wanted.folder if number else "")
+        if (folder / "sae").exists():
+            write_card(folder, result, context.material(one.wanted.stores[0].index, reporter.warnings))
 
 
 def _report_all(
