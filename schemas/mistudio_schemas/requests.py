@@ -135,6 +135,9 @@ class TrainRequested(Contract):
     """Fail rather than deliver a bundle that holds only the first rows."""
     report: bool = True
     """Write the page `report/index.html` of each SAE, which shows parts of the corpus."""
+    exports: list[Literal["neuronpedia"]] = []
+    """What else to make of each SAE's features; `neuronpedia`: `features/neuronpedia/batch-N.json`, as SAEDashboard
+    writes them, of token pooling only."""
 
     @field_validator("layer_number")
     @classmethod
@@ -205,6 +208,12 @@ class TrainRequested(Contract):
             raise ValueError("packing needs pooling: token, as a window of several texts has no mean of one")
         if self.packing and self.include_special_tokens:
             raise ValueError("packing needs include_special_tokens: false, as those between two texts belong to none")
+        return self
+
+    @model_validator(mode="after")
+    def _exports(self) -> Self:
+        if "neuronpedia" in self.exports and self.pooling == "mean":
+            raise ValueError("exports: neuronpedia needs pooling: token, as it shows how active a feature is on tokens")
         return self
 
     @model_validator(mode="after")

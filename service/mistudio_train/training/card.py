@@ -16,7 +16,7 @@ from mistudio_schemas import CorpusInfo, SAEMetrics, SAEResult
 
 from .files import whole
 from .report.figures import judged_by, percent, said
-from .report.report import Material
+from .report.material import Material
 from .report.shown import shown
 
 NAME: Final = "README.md"
