@@ -21,6 +21,7 @@ from pydantic import (
 from .base import Contract
 from .sae import HOOK_SITES, HookSite, KSparseFields, SAEConfig, StandardSAE
 
+HubRepository = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")]
 JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 DEFAULT_LAYER = 12
 HELD_OUT = 0.05
@@ -138,6 +139,9 @@ class TrainRequested(Contract):
     exports: list[Literal["neuronpedia"]] = []
     """What else to make of each SAE's features; `neuronpedia`: `features/neuronpedia/batch-N.json`, as SAEDashboard
     writes them, of token pooling only."""
+    push_to_hub: HubRepository | None = None
+    """`owner/name` of a model repository on the hub that the SAELens folders with their cards are put in at the end; a
+    private one is made where there is none. Of the owners that the worker's operator allows."""
 
     @field_validator("layer_number")
     @classmethod
