@@ -73,7 +73,7 @@ def job_of(kind: str, model_folder: Folder, workspace: Path, **fields: Any) -> J
 
 
 def exact_files(spec: JobSpec) -> dict[str, str]:
-    return {name: digest for name, digest in hashes(spec.output).items() if Path(name).name not in CHANGING}
+    return {name: digest for name, digest in hashes(spec.output).items() if not name.endswith(tuple(CHANGING))}
 
 
 def total_steps(spec: JobSpec) -> int:
