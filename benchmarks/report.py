@@ -58,6 +58,7 @@ def make(tokens: int, latents: int, k: int) -> Made:
 
 def _make(tokens: int, latents: int, k: int) -> Made:
     from mistudio_train.training.features import feature_store
+    from mistudio_train.training.report.gathered import gather
     from mistudio_train.training.report.report import write_report
 
     torch.set_num_threads(2)
@@ -76,8 +77,13 @@ def _make(tokens: int, latents: int, k: int) -> Made:
                     entries += len(block.feature)
 
         store_seconds, store_memory = _measured(store)
-        arguments = _report_arguments(folder, tokens, latents, maxima_F)
-        report_seconds, report_memory = _measured(lambda: write_report(*arguments))
+        sae, result, material = _report_arguments(folder, tokens, latents, maxima_F)
+
+        def report() -> None:
+            gathered = gather(folder, sae, None, material, lambda: None)
+            write_report(folder, result, [result], gathered, material, lambda: None)
+
+        report_seconds, report_memory = _measured(report)
         page = (folder / "report" / "index.html").stat().st_size
         size = path.stat().st_size
         return Made(tokens, latents, entries, store_seconds, size, store_memory, report_seconds, page, report_memory)
@@ -114,13 +120,13 @@ def _blocks(tokens: int, latents: int, k: int) -> Iterator[Any]:
         )
 
 
-def _report_arguments(folder: Path, tokens: int, latents: int, maxima_F: Any) -> tuple[Any, ...]:
+def _report_arguments(folder: Path, tokens: int, latents: int, maxima_F: Any) -> tuple[Any, SAEResult, Any]:
     from transformers import AutoTokenizer
 
     from mistudio_train.cli.demo_inputs import smollm2_folder
     from mistudio_train.sae.folded import FoldedSAE
     from mistudio_train.training.disk import ArrayFile, ArrayWriter
-    from mistudio_train.training.report.report import Material
+    from mistudio_train.training.report.material import Material
     from mistudio_train.training.texts import Texts, TextsWriter
     from mistudio_train.training.tokens import RowIndex
 
@@ -162,7 +168,7 @@ def _report_arguments(folder: Path, tokens: int, latents: int, maxima_F: Any) ->
     material = Material(
         "j", "0", request, model, None, corpus, Texts(folder), index, tokenizer, torch.device("cpu"), []
     )
-    return folder, sae, result, [result], None, material, lambda: None
+    return sae, result, material
 
 
 def show(made: list[Made], console: Console) -> None:

@@ -21,6 +21,7 @@ from pydantic import (
 from .base import Contract
 from .sae import HOOK_SITES, HookSite, KSparseFields, SAEConfig, StandardSAE
 
+HubRepository = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}$")]
 JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 DEFAULT_LAYER = 12
 HELD_OUT = 0.05
@@ -135,6 +136,12 @@ class TrainRequested(Contract):
     """Fail rather than deliver a bundle that holds only the first rows."""
     report: bool = True
     """Write the page `report/index.html` of each SAE, which shows parts of the corpus."""
+    exports: list[Literal["neuronpedia"]] = []
+    """What else to make of each SAE's features; `neuronpedia`: `features/neuronpedia/batch-N.json`, as SAEDashboard
+    writes them, of token pooling only."""
+    push_to_hub: HubRepository | None = None
+    """`owner/name` of a model repository on the hub that the SAELens folders with their cards are put in at the end; a
+    private one is made where there is none. Of the owners that the worker's operator allows."""
 
     @field_validator("layer_number")
     @classmethod
@@ -205,6 +212,12 @@ class TrainRequested(Contract):
             raise ValueError("packing needs pooling: token, as a window of several texts has no mean of one")
         if self.packing and self.include_special_tokens:
             raise ValueError("packing needs include_special_tokens: false, as those between two texts belong to none")
+        return self
+
+    @model_validator(mode="after")
+    def _exports(self) -> Self:
+        if "neuronpedia" in self.exports and self.pooling == "mean":
+            raise ValueError("exports: neuronpedia needs pooling: token, as it shows how active a feature is on tokens")
         return self
 
     @model_validator(mode="after")

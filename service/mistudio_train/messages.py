@@ -30,6 +30,17 @@ class Logging:
 
 
 @dataclass(frozen=True)
+class Push:
+    """Where on the hub a result is put."""
+
+    repository: str
+    """`owner/name`."""
+    token: str = field(repr=False)
+    seconds: float
+    """Time that it may take."""
+
+
+@dataclass(frozen=True)
 class JobSpec:
     """Parent to child, once: everything the child needs to know. Holds no store and no broker."""
 
@@ -59,7 +70,7 @@ class JobSpec:
     memory_limit_bytes: int | None = None
     """Upper bound of the child's memory; `None`: what the machine or its container has free."""
     token: str | None = field(default=None, repr=False)
-    """The model hub's; the only credential a child ever sees."""
+    """The model hub's; a child sees no credential but this and that of `push`."""
     logging: Logging = Logging()
     checkpoint_seconds: float = 60.0
     """Between two checkpoints at least; longer where one takes more than 2% of the time."""
@@ -71,6 +82,13 @@ class JobSpec:
     """Say every line of the training logs."""
     corpus_commit: str | None = None
     """The same of a dataset's revision."""
+    push: Push | None = None
+    """`None`: the result stays here."""
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What no line of the child may show."""
+        return tuple(token for token in (self.token, self.push.token if self.push else None) if token)
 
     @property
     def output(self) -> Path:

@@ -104,6 +104,10 @@ class Settings(BaseSettings):
     """Load models with pickled weights. Whoever may write a request could then run code on the worker."""
     hf_token: SecretStr | None = None
     """The model hub's token; `HF_TOKEN_<NAME>` holds further ones that a request may name."""
+    hub_push_owners: list[str] = []
+    """Owners on the hub whose repositories requests may have results put in, with HF_TOKEN; a JSON list."""
+    hub_push_seconds: float = Field(300.0, gt=0)
+    """Time that this may take, after which the job ends without it."""
     max_attempts: int = Field(3, ge=1)
     """Tries of a run before a retryable error is final."""
     stall_seconds: float = Field(600.0, gt=0)

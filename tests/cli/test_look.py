@@ -154,8 +154,11 @@ def test_runs_are_compared_in_one_table_and_one_plot(cli: Cli, made: Made, store
     }
 
 
-def test_a_run_done_again_has_the_same_weights(cli: Cli, made: Made, tmp_path: Path) -> None:
-    ended = cli("reproduce", made.folder, "--corpus-folder", made.corpus.parent, "--to", tmp_path / "again")
+def test_a_run_done_again_has_the_same_weights_and_is_not_put_on_the_hub_again(
+    cli: Cli, made: Made, tmp_path: Path
+) -> None:
+    with changed(made.folder / "request.json", '{"job_id"', '{"push_to_hub": "owner/name", "job_id"'):
+        ended = cli("reproduce", made.folder, "--corpus-folder", made.corpus.parent, "--to", tmp_path / "again")
     assert ended.status == 0, ended.err
     assert "same, bit for bit" in ended.err
     assert ended.out.count("same") == 8

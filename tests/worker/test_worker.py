@@ -78,6 +78,7 @@ async def test_unknown_fields_of_a_raw_request_are_listed_in_the_first_progress_
         (jobs.works, {"corpus_file": "absent.txt"}, ErrorCode.CORPUS_NOT_FOUND),
         (jobs.works, {"corpus_file": "../secret.txt"}, ErrorCode.CORPUS_NOT_ALLOWED),
         (jobs.works, {"token_name": "nobody"}, ErrorCode.REQUEST_INVALID),
+        (jobs.works, {"push_to_hub": "owner/name"}, ErrorCode.REQUEST_INVALID),
     ],
 )
 async def test_a_job_that_cannot_be_done_fails_with_its_code_and_a_hint(

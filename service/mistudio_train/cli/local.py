@@ -19,6 +19,7 @@ from mistudio_train.worker.artifacts import MANIFEST, MEDIA_TYPES, Manifest
 from mistudio_train.worker.child import Child
 from mistudio_train.worker.child_main import train
 from mistudio_train.worker.devices import Devices
+from mistudio_train.worker.hub_push import push_of
 from mistudio_train.worker.objects import OCTETS
 from mistudio_train.worker.outcome import Who, completed, failed
 from mistudio_train.worker.progress import ProgressFeed
@@ -119,6 +120,7 @@ def _spec(job: LocalJob, workspace: Path, lease: Lease) -> JobSpec:
         token=job.token,
         logging=settings.logging if chosen else Logging("WARNING", settings.log_format),
         tell_log=bool(settings.sinks),
+        push=push_of(job.request, settings),
     )
 
 

@@ -104,13 +104,14 @@ def _is_needed(name: str) -> bool:
 
 
 def _request(found: FinishedRun, metadata: dict[str, Any]) -> TrainRequested:
-    """As it was accepted, at the commit that was used."""
+    """As it was accepted, at the commit that was used; nothing is put on the hub again."""
     path = found.folder / "request.json"
     if not path.is_file():
         raise CliError(f"{found.name} has no request.json", "Fetch the whole run: mistudio-train fetch.")
     request = TrainRequested.from_json(path.read_bytes())
     commit = COMMIT.search(str(metadata["model_info"]["actual_model_loaded"]))
-    return request.model_copy(update={"model_revision": commit[1]}) if commit else request
+    revision = commit[1] if commit else request.model_revision
+    return request.model_copy(update={"model_revision": revision, "push_to_hub": None})
 
 
 def _corpus(request: TrainRequested, folder: Path | None, scratch: Path, settings: Settings) -> Path | None:

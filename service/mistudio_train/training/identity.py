@@ -13,7 +13,9 @@ from mistudio_train.digest import sha256_of
 
 from .model_source import ModelSource
 
-NOT_OF_THE_RESULT = ("job_id", "huggingface_token", "token_name", "gpu_id", "checkpoint_seconds", "model_revision")
+NOT_OF_THE_RESULT = (
+    "job_id", "huggingface_token", "token_name", "gpu_id", "checkpoint_seconds", "model_revision", "push_to_hub",
+)  # fmt: skip
 """Fields that name the job, or say how it is carried out; of the revision the commit counts."""
 
 

@@ -22,6 +22,7 @@ from .checkpoints import Checkpoints
 from .extract import Extraction, extract
 from .identity import content_of, request_digest
 from .language_model import LanguageModel, is_causal, load
+from .push import push_result
 from .reporter import Reporter
 from .results import Context
 from .run import Accepted
@@ -80,6 +81,8 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
         for position, (config, ends) in enumerate(zip(spec.request.resolved_saes(), job.sites.of_saes, strict=True))
     ]
     sweep = make_saes(wanted, context, job, extraction.tokens, checkpoints, reporter)
+    if spec.push is not None:
+        push_result(spec.push, spec.output, reporter)
     primary = sweep.written[0]
     return Finished(
         model_info=context.info,

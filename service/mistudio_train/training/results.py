@@ -26,7 +26,7 @@ from .files import write_json
 from .fit import Fitted
 from .metadata import Described, Paths, metadata
 from .model_file import write_model_file
-from .report.report import Material
+from .report.material import Material
 from .reporter import Reporter
 from .saelens import Origin, saelens_cannot, write_saelens
 from .sparsify import sparsify_cannot, write_sparsify

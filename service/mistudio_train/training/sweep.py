@@ -5,7 +5,7 @@ Owns which SAE is where and what became of it; how one is trained, judged and wr
 
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,12 +14,13 @@ from typing import Final
 
 import torch
 
-from mistudio_schemas import Contract, CrossEntropy, SAEFailure
+from mistudio_schemas import Contract, CrossEntropy, SAEFailure, SAEResult, TrainRequested
 from mistudio_train.errors import DiskFull, JobError, MemoryExhausted, ModelRefused, TrainingDiverged
 from mistudio_train.messages import LeftEarly
 from mistudio_train.sae.build import recipe_for
 
 from .allocator import give_back
+from .card import write_card
 from .checkpoints import Checkpoints, KeptTraining
 from .files import write_json
 from .fit import HELD_OUT_ROWS, FailedBefore, Fitted, NothingTrained, fit
@@ -27,6 +28,9 @@ from .frontier import write_frontier, write_table
 from .language_model import is_out_of_memory, load_with_head
 from .memory_plan import GIB, MemoryPlan
 from .promoted import Promoted, promoted_tokens
+from .report.gathered import Gathered, gather
+from .report.material import Material
+from .report.neuronpedia import write_neuronpedia
 from .report.report import write_report
 from .reporter import Reporter
 from .results import Context, Written, write_result
@@ -186,8 +190,9 @@ def _in_model(trained: Sequence[Trained], job: Accepted, tokens: Tokens, reporte
         losses = cross_entropies(
             model, splices, tokens, limit=spec.request.cross_entropy_tokens, on_progress=on_progress
         )
-        with reporter.one_call():  # only the page shows them
-            promoted = [promoted_tokens(model, one.fitted.sae) if spec.request.report else None for one in trained]
+        with reporter.one_call():
+            shows = _shows_features(spec.request)
+            promoted = [promoted_tokens(model, one.fitted.sae) if shows else None for one in trained]
     except ModelRefused as error:
         reporter.warn(f"no cross-entropy: {error}")
         return nothing
@@ -211,20 +216,33 @@ def _write_all(
         written.append(write_result(context, one, said.cross_entropy, place, reporter, share))
         shutil.copyfile(_log(one.wanted, job), job.spec.output / place / "training_log.jsonl")
         free(job.plan)
-    if job.spec.request.report:
-        _report_all(trained, in_model, written, context, reporter)
+    if _shows_features(job.spec.request):
+        _show_features(trained, in_model, written, context, reporter)
+    _write_cards(trained, written, context, reporter)
     return written
 
 
-def _report_all(
+def _write_cards(trained: Sequence[Trained], written: Sequence[Written], context: Context, reporter: Reporter) -> None:
+    """Of those that SAELens loads; the last of an SAE's files, as a card says every warning."""
+    for number, (one, result) in enumerate(zip(trained, (one.result for one in written), strict=True)):
+        folder = context.spec.output / (one.wanted.folder if number else "")
+        if (folder / "sae").exists():
+            write_card(folder, result, context.material(one.wanted.stores[0].index, reporter.warnings))
+
+
+def _shows_features(request: TrainRequested) -> bool:
+    return request.report or bool(request.exports)
+
+
+def _show_features(
     trained: Sequence[Trained],
     in_model: Sequence[InModel],
     written: Sequence[Written],
     context: Context,
     reporter: Reporter,
 ) -> None:
-    """A page an SAE. One that cannot be drawn fails no job: everything that it would show is in the files."""
-    results = [one.result for one in written]
+    """A page an SAE, and what else was asked for; what cannot be made fails no job, as the files have all of it."""
+    request, results = context.spec.request, [one.result for one in written]
 
     def on_progress() -> None:
         if reporter.due:
@@ -232,16 +250,45 @@ def _report_all(
 
     for number, (one, said, result) in enumerate(zip(trained, in_model, results, strict=True)):
         share = _part(REPORTING, number, len(trained))
-        reporter.enter("exporting", f"drawing the report of {result.name}", share, result.name)
+        reporter.enter("exporting", f"showing the features of {result.name}", share, result.name)
         folder = context.spec.output / (one.wanted.folder if number else "")
         material = context.material(one.wanted.stores[0].index, reporter.warnings)
-        try:
-            write_report(folder, one.fitted.sae, result, results, said.promoted, material, on_progress)
-        except DiskFull:
-            raise
-        except Exception as error:
-            logger.exception("the report of %s cannot be drawn", result.name)
-            reporter.warn(f"{result.name} has no report: {type(error).__name__}: {error}")
+        with _fails_no_job(f"{result.name} has no {'report' if request.report else 'features to show'}", reporter):
+            gathered = gather(folder, one.fitted.sae, said.promoted, material, on_progress)
+            if "neuronpedia" in request.exports:
+                _export(folder, one, result, gathered, material, on_progress, reporter)
+            if request.report:
+                write_report(folder, result, results, gathered, material, on_progress)
+
+
+def _export(
+    folder: Path,
+    one: Trained,
+    result: SAEResult,
+    gathered: Gathered,
+    material: Material,
+    on_progress: Callable[[], None],
+    reporter: Reporter,
+) -> None:
+    with _fails_no_job(f"{result.name} has no features for Neuronpedia", reporter):
+        write_neuronpedia(folder, result, gathered, material, one.wanted.origin.context_size, on_progress)
+        if len(gathered.order) < gathered.living:
+            reporter.warn(
+                f"{result.name}: features/neuronpedia has the {len(gathered.order)} strongest of {gathered.living} "
+                "features; features/activations.parquet has all"
+            )
+
+
+@contextmanager
+def _fails_no_job(what: str, reporter: Reporter) -> Iterator[None]:
+    """A full disk does: the files could not be whole."""
+    try:
+        yield
+    except DiskFull:
+        raise
+    except Exception as error:
+        logger.exception("%s", what)
+        reporter.warn(f"{what}: {type(error).__name__}: {error}")
 
 
 @contextmanager

@@ -25,6 +25,7 @@ MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
     ".json": "application/json",
     ".jsonl": "application/x-ndjson",
+    ".md": "text/markdown; charset=utf-8",
     ".parquet": "application/vnd.apache.parquet",
     ".png": "image/png",
     ".txt": "text/plain; charset=utf-8",

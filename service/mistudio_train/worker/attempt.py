@@ -38,6 +38,7 @@ from .child import Child
 from .child_main import Job
 from .corpora import fetch_corpus, is_on_the_hub
 from .devices import Devices
+from .hub_push import push_of
 from .intake import Intake
 from .model_cache import HeldModel
 from .models import fetch_model
@@ -84,6 +85,7 @@ class Attempt:
         assert running.intake.request is not None  # the supervisor has refused it otherwise
         self._request: TrainRequested = running.intake.request
         self._token = self._hub_token(running.intake)
+        self._push = push_of(self._request, settings)
         self._uploads: CheckpointUploads | None = None
         self._child: Child | None = None
         self._curves: Curves | None = None
@@ -318,10 +320,11 @@ class Attempt:
             token=self._token.get_secret_value() if self._token else None,
             logging=settings.logging,
             checkpoint_seconds=self._request.checkpoint_seconds or settings.checkpoint_seconds,
-            identify=settings.reuse_results,
+            identify=settings.reuse_results and self._push is None,  # an earlier result would not be pushed
             model_commit=self._running.claim.record.model_commit,
             tell_log=bool(settings.sinks),
             corpus_commit=self._running.claim.record.corpus_commit,
+            push=self._push,
         )
 
     def _hub_token(self, intake: Intake) -> SecretStr | None:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from multiprocessing.connection import Connection
 from typing import Self
 
@@ -141,13 +141,13 @@ class Child:
                 return
 
     def _failed(self, said: Failed) -> ChildFailed:
-        token = self._spec.token
+        secrets = self._spec.secrets
         return ChildFailed(
-            redact(said.message, token),
-            redact(said.hint, token),
+            redact(said.message, secrets),
+            redact(said.hint, secrets),
             said.code,
             retryable=said.retryable,
-            traceback=[redact(line, token) for line in said.traceback],
+            traceback=[redact(line, secrets) for line in said.traceback],
         )
 
     def _stalled(self, phase: str, limit: float) -> ChildStalled:
@@ -197,16 +197,18 @@ class Child:
                     return
 
     def _read_stderr(self, stream: Connection) -> None:
-        """Pass the child's lines on to our own stderr, its token removed, and keep the last ones."""
+        """Pass the child's lines on to our own stderr, its tokens removed, and keep the last ones."""
         descriptor = os.dup(stream.fileno())
         stream.close()
         with os.fdopen(descriptor, errors="replace") as lines:
             for raw in lines:
-                line = redact(raw.rstrip("\n"), self._spec.token)
+                line = redact(raw.rstrip("\n"), self._spec.secrets)
                 self.stderr.append(line)
                 print(line, file=sys.stderr, flush=True)
 
 
-def redact(text: str, secret: str | None) -> str:
-    """`text` without the secret."""
-    return text.replace(secret, "[secret]") if secret else text
+def redact(text: str, secrets: Iterable[str]) -> str:
+    """`text` without the secrets."""
+    for secret in secrets:
+        text = text.replace(secret, "[secret]")
+    return text

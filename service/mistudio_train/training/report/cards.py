@@ -30,8 +30,10 @@ class Sources:
     maxima: NDArray[np.float64]
     histograms: NDArray[np.int64]
     windows: Windows
-    words: Callable[[int, int], list[str]]
-    """The shown pieces of rows `start` to `stop`, one a row."""
+    pieces: Callable[[int, int], list[str]]
+    """The tokens of rows `start` to `stop` as text, one a row; of whole texts these. Not yet safe to show."""
+    piece_most: int
+    """Characters of a piece that are shown."""
     bounds: Callable[[int], slice]
     """The rows of a text."""
     neighbours: Neighbours
@@ -79,7 +81,7 @@ def _context(sources: Sources, number: int) -> Card:
         "a": round(float(windows.places.activation[number]), 4),
         "b": int(windows.places.band[number]),
         "o": int(text.start < start) + 2 * int(stop < text.stop),
-        "p": sources.words(start, stop),
+        "p": [shown(piece, sources.piece_most) for piece in sources.pieces(start, stop)],
         "s": np.clip(np.ceil(strengths), 0, STRENGTHS).astype(int).tolist(),
     }
 
@@ -111,8 +113,3 @@ def _speaks_for(promoted: Promoted, vocabulary: Vocabulary, feature: int) -> Car
         "u": listed(promoted.most, promoted.most_logits),
         "d": listed(promoted.least, promoted.least_logits),
     }
-
-
-def excerpt(text: str) -> list[str]:
-    """A whole text as one piece."""
-    return [shown(text)]

@@ -10,11 +10,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-BINS: Final = 24
-"""Of a feature's histogram, from 0 to its maximum."""
 WEAKER_BANDS: Final = 4
 """Below a fifth of the maximum, below two fifths, and so on; the strongest places have the rest."""
 BANDS: Final = WEAKER_BANDS + 1
+BINS: Final = 5 * BANDS
+"""Of a feature's histogram, from 0 to its maximum."""
 NO_KEY: Final = np.iinfo(np.uint64).max
 
 Ints = NDArray[np.int64]

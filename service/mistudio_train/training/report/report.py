@@ -5,24 +5,17 @@ Reads top to bottom as the page is made; must not fail a job, nor know how anyth
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from mistudio_schemas import CorpusInfo, ModelInfo, SAEResult, TrainRequested
-from mistudio_train.sae.folded import FoldedSAE
+from mistudio_schemas import SAEResult
 from mistudio_train.training.files import whole
 from mistudio_train.training.promoted import Promoted
-from mistudio_train.training.texts import Texts
-from mistudio_train.training.tokens import RowIndex
 
-from .cards import Sources, card, excerpt
-from .entries import Entries, entries_of
+from .cards import Sources, card
 from .figures import (
     FIRING,
     Panel,
@@ -36,54 +29,23 @@ from .figures import (
     sweep_rows,
     table,
 )
+from .gathered import Gathered
 from .images import write_bars, write_curves
-from .neighbours import neighbours
+from .material import Material
 from .packs import Card, packed
 from .page import Head, Index, Page, rendered
-from .places import Places
-from .shown import PIECE_MOST, Vocabulary, shown
-from .windows import Windows, fill, rows_of, windows_around
+from .shown import shown
 
 FOLDER: Final = "report"
-CARDS_MOST: Final = 16_384
-"""Features with a card: those that are strongest, if there are more."""
-MANY: Final = 4096
-"""From so many on each has fewer contexts."""
-GROUP_ROWS: Final = 64
-"""Where there are few texts a feature is shown once in so many rows, else once a text."""
-FEW_TEXTS: Final = 100
 FORMATS: Final = ("SAELens", "EleutherAI sparsify")
 """Of folders that other software reads; where there is none, `metadata.json` says why in the same place."""
 
 
-@dataclass(frozen=True)
-class Material:
-    """What a report is made of, besides the SAE's folder."""
-
-    job_id: str
-    version: str
-    request: TrainRequested
-    model: ModelInfo
-    revision: str | None
-    corpus: CorpusInfo
-    texts: Texts
-    index: RowIndex
-    tokenizer: Any
-    device: torch.device
-    warnings: Sequence[str]
-
-    @property
-    def whole_texts(self) -> bool:
-        """Whether a row is a text."""
-        return self.request.pooling == "mean"
-
-
 def write_report(
     folder: Path,
-    sae: FoldedSAE,
     result: SAEResult,
     all_results: Sequence[SAEResult],
-    promoted: Promoted | None,
+    gathered: Gathered,
     material: Material,
     on_progress: Callable[[], None],
 ) -> None:
@@ -91,10 +53,9 @@ def write_report(
 
     Args:
         folder: of the SAE's files.
-        sae: as it was delivered.
-        result: what is said of it.
+        result: what is said of the SAE.
         all_results: of all SAEs of the job, the primary one first.
-        promoted: which tokens its features speak for; `None` where that is not known.
+        gathered: its features.
         material: the rest.
         on_progress: called now and then.
 
@@ -103,20 +64,9 @@ def write_report(
 
     """
     metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-    statistics = metadata["feature_statistics"]
-    rate_F, max_F = (
-        np.array(statistics[f"feature_{name}"], np.float64) for name in ("activation_rates", "max_activations")
-    )
-    order = _strongest_first(sae, max_F)
-    near = neighbours(sae.decoder_weight, np.flatnonzero(max_F > 0), material.device)
-    on_progress()
-    places, windows = _windows(folder, max_F, order, material, on_progress)
-    vocabulary = Vocabulary(material.tokenizer)
-    words = partial(_words, material, vocabulary)
-    bounds = material.index.rows_of_text
-    sources = Sources(rate_F, max_F, places.histogram_FB, windows, words, bounds, near, promoted, vocabulary)
+    sources, order = gathered.sources, gathered.order
     packs = list(packed(_cards(sources, order, on_progress)))
-    index, panels = _index(order, rate_F, packs, material.whole_texts), curves(folder / "training_log.jsonl")
+    index, panels = _index(order, sources.rates, packs, material.whole_texts), curves(folder / "training_log.jsonl")
     page = Page(
         head=_head(result, material, metadata),
         tiles=headlines(result, metadata["training_results"].get("training_seconds")),
@@ -125,10 +75,10 @@ def write_report(
         curves=curve_charts(panels),
         judged_by=judged_by(result.metrics),
         figures=table(result.metrics),
-        spreads=spreads(result.metrics, near),
+        spreads=spreads(result.metrics, sources.neighbours),
         sweep=sweep_rows(all_results, result),
         frontier=frontier(all_results),
-        features_note=_note(index, order, promoted, material),
+        features_note=_note(index, order, sources.promoted, material),
         index=index,
         packs=[text for _, text in packs],
         load_lines=_load_lines(result, metadata),
@@ -136,48 +86,6 @@ def write_report(
     )
     _write(folder / FOLDER, page)
     _write_pictures(folder / FOLDER, result, panels)
-
-
-def _strongest_first(sae: FoldedSAE, max_F: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Features that are active anywhere, by the longest vector that they ever add."""
-    norms_F = torch.linalg.vector_norm(sae.decoder_weight, dim=0).double().cpu().numpy()
-    living = np.flatnonzero(max_F > 0)
-    return living[np.argsort(-(max_F * norms_F)[living], kind="stable")][:CARDS_MOST]
-
-
-def _windows(
-    folder: Path,
-    max_F: NDArray[np.float64],
-    order: NDArray[np.int64],
-    material: Material,
-    on_progress: Callable[[], None],
-) -> tuple[Places, Windows]:
-    """Two passes over all entries: where features are active, and what they do around there."""
-    places = Places(max_F, *((8, 2) if len(order) <= MANY else (4, 1)))
-    by_text = material.whole_texts or material.corpus.texts >= FEW_TEXTS
-
-    def heard(entries: Iterator[Entries]) -> Iterator[Entries]:
-        for some in entries:
-            yield some
-            on_progress()
-
-    for some in heard(entries_of(folder)):
-        row = rows_of(some, material.index)
-        places.add(some.feature, row, some.text if by_text else row // GROUP_ROWS, some.activation)
-    found = places.found()
-    with_card = np.zeros(len(max_F), bool)
-    with_card[order] = True
-    windows = windows_around(found.where(with_card[found.feature]), material.index, whole_texts=material.whole_texts)
-    if not material.whole_texts:
-        fill(windows, heard(entries_of(folder)), material.index)
-    return places, windows
-
-
-def _words(material: Material, vocabulary: Vocabulary, start: int, stop: int) -> list[str]:
-    if material.whole_texts:
-        return excerpt(material.texts[start])
-    tokens = material.index.token_of_row.read(start, stop).tolist()
-    return [shown(piece, PIECE_MOST) for piece in vocabulary.pieces(tokens)]
 
 
 def _cards(sources: Sources, order: NDArray[np.int64], on_progress: Callable[[], None]) -> Iterator[Card]:
