@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from mistudio_schemas import CorpusInfo, ErrorCode, ModelInfo, Phase, SAEFailure, SAEResult, TrainRequested
+from mistudio_train.paces import Pace
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,8 @@ class Finished:
     """Somebody asked for the result before training was over."""
     failed_saes: list[SAEFailure] = field(default_factory=list)
     """Those of several that could not be trained."""
+    pace: Pace | None = None
+    """How long it took; `None` of a job that was not done whole and in one go."""
 
 
 @dataclass(frozen=True)

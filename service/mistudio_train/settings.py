@@ -175,6 +175,14 @@ class Settings(BaseSettings):
         return self.data_path / "cache" / "workspaces"
 
     @property
+    def paces(self) -> Path:
+        """The file that says how long the jobs here took; in the user's cache where there is no `DATA_PATH`."""
+        if self.data_path.is_dir():
+            return self.data_path / "paces.jsonl"
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return Path(cache) / "mistudio-train" / "paces.jsonl"
+
+    @property
     def tensorboard_folder(self) -> Path:
         """The folder of the runs' event files."""
         return self.tensorboard_dir or self.data_path / "tensorboard"

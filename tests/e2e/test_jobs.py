@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from mistudio_schemas import ErrorCode
+from mistudio_train.paces import paces_in
 
 from .conftest import LAYERS, TOKEN, World, corpus_texts
 
@@ -32,6 +33,7 @@ FILES = {
     "report/density.png",
     "report/index.html",
     "request.json",
+    "sae/README.md",
     "sae/cfg.json",
     "sae/sae_weights.safetensors",
     "sae/sparsity.safetensors",
@@ -192,6 +194,19 @@ def test_a_token_in_a_request_goes_nowhere(world: World) -> None:
     assert {"output", "scratch"} <= {path.name for path in kept.iterdir()}
     assert all((events, objects, files, "with-token" in world.printed))
     assert not any(TOKEN.encode() in some for some in (*events, *objects, *files, world.printed.encode()))
+
+
+def test_how_long_each_job_took_is_noted_on_the_workers_disk(world: World) -> None:
+    noted = {pace.job_id: pace for pace in paces_in(world.settings.paces)}
+    assert set(COMPLETED) <= set(noted)
+    for job in COMPLETED:
+        event, pace = world.outcomes[job].completed, noted[job]
+        assert sum(part.seconds for part in pace.parts.values()) == pytest.approx(
+            event.duration_seconds, rel=0.5, abs=3
+        )
+        assert all(part.seconds >= 0 for part in pace.parts.values())
+        assert pace.result == sum(ref.size for ref in event.artifacts)
+        assert pace.disk > pace.result
 
 
 def test_nothing_is_left_in_the_workspace(world: World) -> None:

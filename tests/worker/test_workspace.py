@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mistudio_train.worker.workspace import Workspace, bytes_in, remove_abandoned
+from mistudio_train.disk_use import bytes_in
+from mistudio_train.worker.workspace import Workspace, remove_abandoned
 
 HOLDER = """
 import sys

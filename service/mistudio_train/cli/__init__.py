@@ -14,7 +14,7 @@ import typer
 from mistudio_train import __version__
 from mistudio_train.errors import JobError
 
-from . import control, corpus, demo, fetch, look, machine, replay, reproduce, run, submit, watch, worker
+from . import control, corpus, demo, estimate, fetch, look, machine, replay, reproduce, run, submit, watch, worker
 from .display import say_error
 from .environment import use_env_file
 from .errors import CliError, Exit
@@ -34,6 +34,7 @@ for commands in (
     fetch.commands,
     look.commands,
     reproduce.commands,
+    estimate.commands,
     corpus.commands,
     run.commands,
     worker.commands,

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from mistudio_schemas import ArtifactRef, TrainCompleted, TrainFailed, TrainProgress, TrainRequested
 from mistudio_train.digest import sha256_of
+from mistudio_train.disk_use import bytes_in
 from mistudio_train.errors import JobError
 from mistudio_train.gpu import list_gpus
 from mistudio_train.messages import ChildMessage, Finished, JobSpec, Lease, Logged, Logging, Warned
+from mistudio_train.paces import keep
 from mistudio_train.settings import Settings
 from mistudio_train.worker.artifacts import MANIFEST, MEDIA_TYPES, Manifest
 from mistudio_train.worker.child import Child
@@ -76,11 +78,13 @@ async def _train(job: LocalJob, listen: Listen, sinks: Sinks) -> TrainCompleted 
         try:
             async with Devices(list_gpus, 1, job.settings.cuda_memory_fraction).lease(job.request.gpu_id) as lease:
                 finished = await _finished(job.settings, _spec(job, Path(workspace), lease), feed, sinks)
+                disk = await asyncio.to_thread(bytes_in, Path(workspace))
                 files = await asyncio.to_thread(_deliver, job, Path(workspace) / "output")
             manifest = files.pop(MANIFEST)
-            seconds, warnings = time.monotonic() - began, feed.current.warnings
+            seconds, result = time.monotonic() - began, sum(one.size for one in files.values())
+            keep(job.settings.paces, finished.pace, seconds=seconds, disk=disk, result=result)
             event: TrainCompleted | TrainFailed = completed(
-                who, finished, list(files.values()), manifest, warnings=warnings, seconds=seconds
+                who, finished, list(files.values()), manifest, warnings=feed.current.warnings, seconds=seconds
             )
         except JobError as error:
             event = failed(who, error, feed.current, attempts=1)

@@ -70,7 +70,7 @@ def check_memory(
     settings = load_settings()
     request = _request(model, assignments, settings)
     try:
-        plan = plan_memory(_inspected(request, settings), _spec(request, settings))
+        plan = plan_memory(_inspected(request, settings), planned_spec(request, settings, Path("any.txt"), Path()))
     except NotEnoughMemory as error:
         if as_json:
             typer.echo(json.dumps({"fits": False, "message": str(error), "hint": error.hint}))
@@ -127,8 +127,8 @@ def _inspected(request: TrainRequested, settings: Settings) -> "ModelSource":
     )
 
 
-def _spec(request: TrainRequested, settings: Settings) -> JobSpec:
-    """A job that is only planned: its folders are never looked at."""
+def planned_spec(request: TrainRequested, settings: Settings, corpus: Path | None, workspace: Path) -> JobSpec:
+    """A job that is only planned, on the best device of this machine."""
     from mistudio_train.gpu import best_gpu, list_gpus
 
     best = best_gpu(list_gpus())
@@ -141,11 +141,13 @@ def _spec(request: TrainRequested, settings: Settings) -> JobSpec:
         run=1,
         attempt=1,
         request=request,
-        corpus=Path("any.txt"),
-        workspace=Path(),
+        corpus=corpus,
+        workspace=workspace,
         lease=lease,
         uri_prefix="",
-        bundle_max_bytes=settings.bundle_max_bytes,
+        bundle_max_bytes=request.bundle_max_bytes or settings.bundle_max_bytes,
+        model_folders=(*settings.local_model_folders, *folder_of_model(request)),
+        allow_unsafe_models=settings.allow_unsafe_models,
         memory_limit_bytes=settings.memory_limit_bytes,
         token=hub_token(request, settings),
     )

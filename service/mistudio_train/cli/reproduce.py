@@ -23,6 +23,7 @@ from .display import Bars, results, say, show_end
 from .environment import load_settings
 from .errors import CliError, Exit
 from .finished import FinishedRun, finished_run
+from .local_corpus import corpus_here
 from .local_model import folder_of_model, hub_token, starts_of
 from .look import Job, Run
 
@@ -67,7 +68,7 @@ def reproduce(
     with finished_run(job, _is_needed, run) as found, tempfile.TemporaryDirectory(prefix="mistudio-") as scratch:
         before = found.metadata(found.saes[0])
         request = _request(found, before)
-        corpus = _corpus(request, corpus_folder, Path(scratch), settings)
+        corpus = corpus_here(request, corpus_folder, Path(scratch), settings)
         _check_corpus(corpus, before["data_info"]["corpus"]["sha256"])
         folder = (to or Path(scratch) / "again").resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,24 +113,6 @@ def _request(found: FinishedRun, metadata: dict[str, Any]) -> TrainRequested:
     commit = COMMIT.search(str(metadata["model_info"]["actual_model_loaded"]))
     revision = commit[1] if commit else request.model_revision
     return request.model_copy(update={"model_revision": revision, "push_to_hub": None})
-
-
-def _corpus(request: TrainRequested, folder: Path | None, scratch: Path, settings: Settings) -> Path | None:
-    from mistudio_train.worker.corpora import fetch_corpus, is_on_the_hub
-    from mistudio_train.worker.store import open_store
-
-    if is_on_the_hub(request.corpus_file):
-        return None
-    if folder is not None:
-        path = (folder / Path(request.corpus_file).name).resolve()
-        if not path.is_file():
-            raise CliError(f"there is no corpus {path}", "Name the folder that holds it with --corpus-folder.")
-        return path
-    store = open_store(settings)
-    try:
-        return fetch_corpus(request.corpus_file, scratch, settings, store)
-    finally:
-        store.close()
 
 
 def _check_corpus(corpus: Path | None, sha256: str) -> None:

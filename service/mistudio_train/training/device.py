@@ -1,5 +1,6 @@
 """The device that a lease gives a job, and how much of its memory is free right now. Imports no torch."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -48,6 +49,17 @@ def leased_device(lease: Lease, memory_limit_bytes: int | None = None) -> Device
     if gpu is None:
         raise GpuUnavailable(f"GPU {lease.gpu} does not answer", "Ask the worker's operator to look at it.")
     return Device(f"cuda:{lease.gpu}", int(gpu.free_bytes * lease.memory_share), gpu)
+
+
+def threads_of(lease: Lease) -> int:
+    """Threads of arithmetic: the job's share of the cores, so that jobs side by side do not wait for each other."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, int(cores * lease.memory_share)) if lease.gpu is None else cores
+
+
+def device_name(device: Device, lease: Lease) -> str:
+    """What makes a job as fast as it is there."""
+    return f"CPU, {threads_of(lease)} threads" if device.gpu is None else device.gpu.name
 
 
 def free_memory(limit: int | None = None, cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -3,7 +3,6 @@
 Reads top to bottom as the job goes; each step's substance is in its own module.
 """
 
-import os
 import time
 from typing import Any, Final
 
@@ -13,12 +12,14 @@ import transformers
 
 from mistudio_schemas import TrainRequested
 from mistudio_train import __version__
-from mistudio_train.messages import Finished, Lease, LeftEarly
+from mistudio_train.messages import Finished, LeftEarly
+from mistudio_train.paces import Pace, Part
 
 from . import advice
 from .activations import ActivationStore
 from .bundle_limits import refuse_hopeless
 from .checkpoints import Checkpoints
+from .device import device_name, leased_device, threads_of
 from .extract import Extraction, extract
 from .identity import content_of, request_digest
 from .language_model import LanguageModel, is_causal, load
@@ -30,9 +31,10 @@ from .saelens import Origin
 from .selection import MOST_LEFT_OUT, Selection, hold_out, select
 from .sites import Ends
 from .start_weights import refuse_unsuitable
-from .sweep import free, make_saes
+from .sweep import Sweep, free, make_saes
 from .tokens import Rules
 from .wanted import Wanted
+from .work import CorpusWork, SAEWork, Work
 
 LOADING: Final = (0.02, 0.05)
 EXTRACTING: Final = (0.05, 0.4)
@@ -94,6 +96,30 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
         device=job.plan.device,
         memory_peak_bytes=reporter.memory_peak_bytes(),
         stopped_early=sweep.stopped,
+        pace=None if spec.attempt > 1 or sweep.stopped or sweep.failures else _pace(job, extraction, sweep, reporter),
+    )
+
+
+def _pace(job: Accepted, extraction: Extraction, sweep: Sweep, reporter: Reporter) -> Pace:
+    """What was measured, beside what there was to do."""
+    spec, corpus = job.spec, extraction.corpus
+    saes = [
+        SAEWork(one.kind, one.feature_count, written.batch_size, one.steps, one.metrics.l0 or 0.0)
+        for written in sweep.written
+        for one in [written.result]
+    ]
+    read = CorpusWork(job.texts.bytes, corpus.texts, corpus.tokens, corpus.windows, corpus.rows)
+    work = Work(job.source, job.plan, job.sites, spec.request, read, saes, spec.token)
+    seconds = reporter.seconds({one.result.name: one.result.kind for one in sweep.written})
+    return Pace(
+        job_id=spec.job_id,
+        device=device_name(leased_device(spec.lease), spec.lease),
+        parts={name: Part(units, seconds.get(name, 0.0)) for name, units in work.units().items()},
+        active={sae.kind: sae.active / sae.d_sae for sae in saes},
+        memory_planned=job.plan.planned_bytes,
+        memory_peak=reporter.memory_peak_bytes(),
+        disk_planned=work.disk_bytes(spec.bundle_max_bytes),
+        result_planned=work.result_bytes(spec.bundle_max_bytes),
     )
 
 
@@ -113,12 +139,6 @@ def _fingerprint(job: Accepted) -> dict[str, object]:
         "dtype": plan.dtype,
         "quantization": plan.quantization,
     }
-
-
-def threads_of(lease: Lease) -> int:
-    """Threads of arithmetic: the job's share of the cores, so that jobs side by side do not wait for each other."""
-    cores = len(os.sched_getaffinity(0))
-    return max(1, int(cores * lease.memory_share)) if lease.gpu is None else cores
 
 
 def _load(job: Accepted, reporter: Reporter) -> LanguageModel:

@@ -6,7 +6,8 @@ Imports torch only to ask a GPU.
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +49,8 @@ class Reporter:
         self._sae: str | None = None
         self._share = (0.0, 0.0)
         self._sent_at = float("-inf")
+        self._laps: defaultdict[tuple[Phase, str | None], float] = defaultdict(float)
+        self._entered_at = time.monotonic()
         self._device: str | None = None
         self.warnings: list[str] = []
         """All that the requester was warned of by now."""
@@ -76,8 +79,32 @@ class Reporter:
 
     def enter(self, phase: Phase, message: str, share: tuple[float, float], sae: str | None = None) -> None:
         """A phase begins, which is this part of the child's whole work; of one SAE, if it is named."""
+        self._end_lap()
         self._phase, self._message, self._share, self._sae = phase, message, share, sae
         self.say(0.0)
+
+    def seconds(self, kinds: Mapping[str, str]) -> dict[str, float]:
+        """How long each part of the work took by now.
+
+        Args:
+            kinds: of the SAEs, by their names.
+
+        Returns:
+            Seconds by phase; of a training by its SAE's kind, `training topk`; `predicting` is what the evaluation of
+            no single SAE took.
+
+        """
+        self._end_lap()
+        parts: defaultdict[str, float] = defaultdict(float)
+        for (phase, sae), seconds in self._laps.items():
+            name = f"training {kinds[sae]}" if phase == "training" and sae is not None else str(phase)
+            parts["predicting" if phase == "evaluating" and sae is None else name] += seconds
+        return dict(parts)
+
+    def _end_lap(self) -> None:
+        now = time.monotonic()
+        self._laps[self._phase, self._sae] += now - self._entered_at
+        self._entered_at = now
 
     @property
     def due(self) -> bool:

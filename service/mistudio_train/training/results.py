@@ -90,6 +90,8 @@ class Written:
     result: SAEResult
     bundle: BundleInfo
     training_results: dict[str, object]
+    batch_size: int
+    """Rows of a step."""
 
 
 def write_result(
@@ -148,7 +150,8 @@ def write_result(
     write_json(
         folder / "metadata.json", metadata(_described(context, fitted, origin, result, statistics, bundle, features))
     )
-    return Written(result, bundle, _training_results(fitted, context) | _seconds(fitted))
+    stats = _training_results(fitted, context) | _seconds(fitted)
+    return Written(result, bundle, stats, fitted.recipe.batch_size)
 
 
 def _write_rows(

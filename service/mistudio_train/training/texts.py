@@ -82,6 +82,11 @@ class Texts:
 
         self._count = len(self._starts) - 1
 
+    @property
+    def bytes(self) -> int:
+        """Of all of them, in UTF-8."""
+        return int(self._starts.read(self._count, self._count + 1)[0])
+
     def first(self, count: int) -> "Texts":
         """The first `count` of them, as a view."""
         view = copy.copy(self)

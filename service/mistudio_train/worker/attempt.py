@@ -9,12 +9,14 @@ import errno
 import logging
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import SecretStr
 
 from mistudio_schemas import ArtifactRef, TrainCompleted, TrainRequested
+from mistudio_train.disk_use import bytes_in
 from mistudio_train.errors import ChildDied, DiskFull, DiskLimit, JobError, RequestRefused, StoreUnavailable
 from mistudio_train.messages import (
     ChildMessage,
@@ -29,6 +31,7 @@ from mistudio_train.messages import (
     Saved,
     Warned,
 )
+from mistudio_train.paces import keep
 from mistudio_train.settings import Settings
 
 from .artifacts import upload, write_manifest
@@ -52,7 +55,6 @@ from .running import Running
 from .sinks.feeds import Curves, Sinks
 from .starts import fetch_starts
 from .store import Store
-from .workspace import bytes_in
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +122,7 @@ class Attempt:
             await asyncio.to_thread(self._storing.acquire, timeout=LINGER_SECONDS)
 
     async def _run(self) -> TrainCompleted:
+        began = time.monotonic()
         await asyncio.to_thread(self._running.workspace.hold)
         await asyncio.to_thread(shutil.rmtree, self._workspace / "output", ignore_errors=True)
         corpus = await self._fetch_corpus()
@@ -132,7 +135,10 @@ class Attempt:
             finished = await self._show_and_train(self._spec(corpus, starts, lease))
         if isinstance(finished, TrainCompleted):
             return reused(who, finished, seconds=self._claim.record.age_seconds())
+        disk = await asyncio.to_thread(bytes_in, self._workspace)
         artifacts, manifest = await self._deliver_files()
+        taken, result = time.monotonic() - began, sum(one.size for one in artifacts)
+        await asyncio.to_thread(keep, self._settings.paces, finished.pace, seconds=taken, disk=disk, result=result)
         warnings, seconds = self._feed.current.warnings, self._claim.record.age_seconds()
         return completed(who, finished, artifacts, manifest, warnings=warnings, seconds=seconds)
 

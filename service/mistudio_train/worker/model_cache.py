@@ -14,9 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mistudio_schemas import ErrorCode
+from mistudio_train.disk_use import bytes_in
 from mistudio_train.errors import DiskFull, ModelRefused
-
-from .workspace import bytes_in
 
 POLL_SECONDS = 0.1
 PART = ".part-"

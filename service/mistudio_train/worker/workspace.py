@@ -8,7 +8,6 @@ import logging
 import os
 import shutil
 import time
-from contextlib import suppress
 from pathlib import Path
 
 HOLD_TRIES, HOLD_AGAIN_SECONDS = 100, 0.05
@@ -33,17 +32,6 @@ class Workspace:
             shutil.rmtree(self.folder, ignore_errors=True)
             os.close(self._held)
             self._held = None
-
-
-def bytes_in(folder: Path) -> int:
-    """What the files below it take of the disk, each once; one that goes meanwhile counts for nothing."""
-    taken: dict[int, int] = {}
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            with suppress(FileNotFoundError):
-                found = (Path(parent) / name).lstat()
-                taken[found.st_ino] = found.st_blocks * 512
-    return sum(taken.values())
 
 
 def remove_abandoned(root: Path) -> None:
