@@ -7,7 +7,7 @@ from mistudio_schemas import CorpusInfo, TrainRequested
 from .test_sae_page import row
 
 PAGE = (Path(__file__).parents[1] / "docs" / "corpora.md").read_text()
-FIELDS = ("corpus_column", "corpus_holds", "min_text_characters", "max_text_characters")
+FIELDS = ("corpus_column", "label_column", "corpus_holds", "min_text_characters", "max_text_characters")
 
 
 def test_the_fields_are_those_of_the_contract() -> None:

@@ -140,6 +140,27 @@ class CrossEntropy(Contract):
     """(mean - spliced) / (mean - clean)."""
 
 
+class Probing(Contract):
+    """How well a few features tell a label of the texts: k-sparse probing after Gurnee et al. 2023, arXiv:2305.01610.
+
+    Of each label a logistic regression on the k features whose means with and without it lie farthest apart, judged on
+    a quarter of the texts that it has not seen. Of tokens a text's feature is its highest.
+    """
+
+    column: str
+    """Of the corpus, that holds the labels."""
+    labels: int
+    """That were probed, at most 50; each is that of 10 texts on either side at least."""
+    texts: int
+    """With a label, that it was done on."""
+    features: list[int]
+    """Each k."""
+    balanced_accuracy: list[float]
+    """Of each k: the mean over the labels of the shares of texts with and without it that are told; 0.5 is chance."""
+    all_dimensions: float
+    """The same with all dimensions of the model's activations, the mean over a text's tokens, in place of features."""
+
+
 class SAEMetrics(Contract):
     """How good an SAE is, on the held-out rows; where there are none, on the rows it was trained on.
 
@@ -182,6 +203,8 @@ class SAEMetrics(Contract):
     cross_entropy: CrossEntropy | None = None
     """With the reconstruction in the language model's place; `null`: of whole texts, or no text was held out, or there
     was no room."""
+    probing: Probing | None = None
+    """By `label_column`; `null`: the request names none, or no label is that of enough texts."""
 
 
 class SAEResult(Contract):

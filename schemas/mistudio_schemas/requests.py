@@ -66,6 +66,9 @@ class TrainRequested(Contract):
     dataset of the hub, `hf://datasets/owner/name[@revision][/path]`; the path is a file, a folder or a pattern."""
     corpus_column: Annotated[str, StringConstraints(max_length=256)] | None = None
     """The column of the texts in csv, json, jsonl or parquet; `null`: `text`, or the only column of strings."""
+    label_column: Annotated[str, StringConstraints(min_length=1, max_length=256)] | None = None
+    """A column with a label of each text in csv, json, jsonl or parquet: how well a few features of each SAE tell the
+    labels is measured (`probing.json`); a text whose label is null or empty is left out of that."""
     corpus_holds: Literal["texts", "conversations"] = "texts"
     """`conversations`: each row of a json, jsonl or parquet is a list of {role, content}, by default in the column
     `messages`, and its text is what the chat template of the model's tokenizer makes of it."""

@@ -35,6 +35,8 @@ class TextList(Protocol):
         ...
 
 
+FEATURES, ACTIVATIONS = "0", "1"
+"""Keys of the two matrices in the archive."""
 ARCHIVE_BYTES: Final = 4096
 """More than the archive takes beside its pickle and storages."""
 STRING_BYTES: Final = 6
@@ -135,8 +137,8 @@ def _content(
 ) -> dict[str, object]:
     left_out = f" The first {rows} of {total_rows} rows: the others did not fit the size limit."
     return {
-        "feature_activations": Matrix("0", (rows, d_sae)),
-        "original_activations": Matrix("1", (rows, d_in)),
+        "feature_activations": Matrix(FEATURES, (rows, d_sae)),
+        "original_activations": Matrix(ACTIVATIONS, (rows, d_in)),
         "texts": Strings(islice(iter(texts), rows)),
         "feature_count": d_sae,
         "activation_dim": d_in,

@@ -10,6 +10,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,8 +19,9 @@ from mistudio_schemas import ErrorCode
 from mistudio_train.digest import sha256_of
 from mistudio_train.errors import CorpusRefused
 
+from .labels import LabelsWriter
 from .parquet import parquet_texts
-from .source import Place, Source
+from .source import Place, Row, Source
 from .texts import Dropped, Texts, TextsWriter
 
 MAX_LINE_BYTES: Final = 16 * 1024**2
@@ -52,6 +54,8 @@ class CorpusRules:
     max_characters: int | None = None
     render: Render | None = None
     """Makes the text of a conversation; `None`: the corpus holds texts."""
+    label_column: str | None = None
+    """The column of each text's label."""
 
     def reason_to_drop(self, text: str) -> str | None:
         """A field of `Dropped`; `None`: the text is kept."""
@@ -86,16 +90,20 @@ def open_corpus(
         DiskFull: if the scratch disk has no room.
 
     """
-    sources = [Source(path, name, conversations=rules.render is not None) for name, path in files.items()]
+    conversations, labelled = rules.render is not None, rules.label_column
+    sources = [Source(path, name, conversations, labelled) for name, path in files.items()]
     counts: Counter[str] = Counter()
-    with TextsWriter(scratch) as writer:
+    scratch.mkdir(parents=True, exist_ok=True)
+    labels = None if labelled is None else LabelsWriter(scratch, labelled)
+    with TextsWriter(scratch) as writer, labels or nullcontext():
         for source in sources:
             with source.reading():
-                _read(source, scratch, rules, writer, counts, on_texts)
+                _read(source, scratch, rules, writer, labels, counts, on_texts)
     dropped = Dropped(**counts)
     if not writer.count:
         raise _no_text(", ".join(list(files)[:FILES_NAMED]), dropped)
-    return Texts(scratch, dropped=dropped, sha256=_digest(list(files.values())))
+    found = None if labels is None else labels.labels
+    return Texts(scratch, dropped=dropped, sha256=_digest(list(files.values())), labels=found)
 
 
 def _read(
@@ -103,11 +111,12 @@ def _read(
     scratch: Path,
     rules: CorpusRules,
     writer: TextsWriter,
+    labels: LabelsWriter | None,
     counts: Counter[str],
     on_texts: Callable[[int], None],
 ) -> None:
     reader = _reader_of(source)
-    for place, value in reader(source, rules.column, scratch):
+    for place, value, label in reader(source, rules.column, scratch):
         text = _text_of(source, place, value, rules.render)
         if reason := rules.reason_to_drop(text):
             counts[reason] += 1
@@ -118,6 +127,11 @@ def _read(
             writer.append(text)
         except UnicodeEncodeError as error:
             raise source.refused(place, "half a surrogate pair, which is no character") from error
+        if labels is not None:
+            try:
+                labels.append(label)
+            except ValueError as error:
+                raise source.refused(place, str(error), "Name a column of labels with label_column.") from error
 
 
 def _digest(paths: list[Path]) -> str:
@@ -134,7 +148,7 @@ def _no_text(name: str, dropped: Dropped) -> CorpusRefused:
     return CorpusRefused(f"{name} holds no text ({counted})", f"{hint}.", ErrorCode.CORPUS_EMPTY)
 
 
-Reader = Callable[[Source, str | None, Path], Iterator[tuple[Place, Any]]]
+Reader = Callable[[Source, str | None, Path], Iterator[Row]]
 
 
 def _reader_of(source: Source) -> Reader:
@@ -150,6 +164,8 @@ def _reader_of(source: Source) -> Reader:
         raise source.refused(
             None, f"{source.suffix} holds no conversations", "Write them as .jsonl, .json or .parquet."
         )
+    if reader is not None and source.label_column is not None and source.suffix == ".txt":
+        raise source.refused(None, ".txt has no column of labels", "Write it as .jsonl, .csv, .json or .parquet.")
     if reader is None:
         raise CorpusRefused(
             f"{source.name} has no known corpus format",
@@ -159,22 +175,22 @@ def _reader_of(source: Source) -> Reader:
     return reader
 
 
-def _txt(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, Any]]:
-    return ((place, line.rstrip("\r\n")) for place, line in _lines(source))
+def _txt(source: Source, column: str | None, scratch: Path) -> Iterator[Row]:
+    return ((place, line.rstrip("\r\n"), None) for place, line in _lines(source))
 
 
-def _jsonl(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, Any]]:
+def _jsonl(source: Source, column: str | None, scratch: Path) -> Iterator[Row]:
     for place, line in _lines(source):
         if line.isspace():
-            yield place, None
+            yield place, None, None
             continue
         row = _parsed(source, place, line)
         if column is None and isinstance(row, dict):
             column = source.column(place, row, [key for key, value in row.items() if source.holds(value)])
-        yield place, _value_of(source, place, row, column)
+        yield place, _value_of(source, place, row, column), _label_of(source, place, row)
 
 
-def _json(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, Any]]:
+def _json(source: Source, column: str | None, scratch: Path) -> Iterator[Row]:
     with source.open() as file:
         raw = file.read(MAX_JSON_BYTES + 1)
     if len(raw) > MAX_JSON_BYTES:
@@ -188,7 +204,7 @@ def _json(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[P
         place = f"item {i + 1}"
         if column is None and isinstance(row, dict):
             column = source.column(place, row, [key for key, value in row.items() if source.holds(value)])
-        yield place, _value_of(source, place, row, column)
+        yield place, _value_of(source, place, row, column), _label_of(source, place, row)
 
 
 def _json_rows(source: Source, document: Any, column: str | None) -> list[Any]:
@@ -203,7 +219,7 @@ def _json_rows(source: Source, document: Any, column: str | None) -> list[Any]:
     raise source.refused(None, "neither a list nor an object of a list")
 
 
-def _csv(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, Any]]:
+def _csv(source: Source, column: str | None, scratch: Path) -> Iterator[Row]:
     csv.field_size_limit(MAX_LINE_BYTES)
     rows = _csv_rows(source)
     _, header = next(rows, (None, []))
@@ -213,9 +229,9 @@ def _csv(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Pl
         column = source.column("line 1", header, texts if sample else header)
     elif column not in header:
         raise source.no_column("line 1", column, header)
-    wanted = header.index(column)
+    wanted, labels = header.index(column), source.label_among("line 1", header)
     for place, row in itertools.chain(sample, rows):
-        yield place, row[wanted]
+        yield place, row[wanted], None if labels is None else row[header.index(labels)]
 
 
 def _csv_rows(source: Source) -> Iterator[tuple[Place, list[str]]]:
@@ -280,6 +296,12 @@ def _value_of(source: Source, place: Place, row: Any, column: str | None) -> Any
     if column not in row:
         raise source.no_column(place, str(column), row)
     return row[column]
+
+
+def _label_of(source: Source, place: Place, row: Any) -> Any:
+    """What the row's label is, if they are wanted; a row that is no object has none."""
+    label = source.label_among(place, row if isinstance(row, dict) else [])
+    return None if label is None else row[label]
 
 
 def _text_of(source: Source, place: Place, value: Any, render: Render | None) -> str:

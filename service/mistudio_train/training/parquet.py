@@ -1,5 +1,6 @@
 """Texts of a parquet file, a few rows at a time. Knows pyarrow, which is imported only when a corpus needs it."""
 
+import itertools
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -8,14 +9,14 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from .disk import disk_errors
-from .source import Place, Source
+from .source import Row, Source
 
 ROWS_AT_ONCE = 1024
 READ_BYTES = 1 << 20
 
 
-def parquet_texts(source: Source, column: str | None, scratch: Path) -> Iterator[tuple[Place, Any]]:
-    """Each row's text or conversation with its place.
+def parquet_texts(source: Source, column: str | None, scratch: Path) -> Iterator[Row]:
+    """Each row's text or conversation with its place and its label.
 
     Raises:
         CorpusRefused: if it is no parquet file, or has no such column of strings, or of lists of objects.
@@ -29,12 +30,15 @@ def parquet_texts(source: Source, column: str | None, scratch: Path) -> Iterator
             # what is read ahead stays in memory as long as the file is open
             table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=READ_BYTES)
             wanted = _column(source, table.schema_arrow, column)
-            number = 0
-            for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[wanted]):
-                values = batch.column(0) if source.conversations else batch.column(0).cast(pa.large_string())
-                for value in values:
+            label = source.label_among(None, table.schema_arrow.names)
+            number, columns = 0, list(dict.fromkeys(filter(None, (wanted, label))))
+            for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns):
+                texts = batch.column(wanted)
+                values = texts if source.conversations else texts.cast(pa.large_string())
+                labels = itertools.repeat(None) if label is None else batch.column(label).to_pylist()
+                for value, of_it in zip(values, labels, strict=False):
                     number += 1
-                    yield f"row {number}", value.as_py()
+                    yield f"row {number}", value.as_py(), of_it
         except PermissionError:
             raise
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:

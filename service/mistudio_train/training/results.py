@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mistudio_schemas import CorpusInfo, CrossEntropy, ModelInfo, SAEConfig, SAEMetrics, SAEResult
+from mistudio_schemas import CorpusInfo, CrossEntropy, ModelInfo, Probing, SAEConfig, SAEMetrics, SAEResult
 from mistudio_train import __version__
 from mistudio_train.messages import JobSpec
 
@@ -26,6 +26,7 @@ from .files import write_json
 from .fit import Fitted
 from .metadata import Described, Paths, metadata
 from .model_file import write_model_file
+from .probe import probe
 from .report.material import Material
 from .reporter import Reporter
 from .saelens import Origin, saelens_cannot, write_saelens
@@ -133,7 +134,9 @@ def write_result(
     bundle, features = _write_rows(context, fitted, evaluation, folder, origin)
     reporter.enter("exporting", f"writing the files of {name}", (middle, share[1]), name)
     _warn_of_truncation(reporter, wanted.config, bundle, features)
-    result = _result(context, trained, evaluation.metrics(fitted.final_loss, cross_entropy), place)
+    metrics = evaluation.metrics(fitted.final_loss, cross_entropy)
+    metrics = metrics.model_copy(update={"probing": _probing(context, fitted, bundle, folder, reporter)})
+    result = _result(context, trained, metrics, place)
     statistics = evaluation.statistics().result()
     rates_F = torch.tensor(statistics["feature_activation_rates"], dtype=torch.float64)
     for sentence in advice.on_sparsity(result.name, result.kind, result.metrics):
@@ -152,6 +155,18 @@ def write_result(
     )
     stats = _training_results(fitted, context) | _seconds(fitted)
     return Written(result, bundle, stats, fitted.recipe.batch_size)
+
+
+def _probing(context: Context, fitted: Fitted, bundle: BundleInfo, folder: Path, reporter: Reporter) -> Probing | None:
+    """By the labels of the texts, where the request names their column."""
+    labels, sae = context.texts.labels, fitted.sae
+    if labels is None:
+        return None
+    with reporter.one_call():
+        probing = probe(folder, labels, context.texts, bundle.rows, sae.d_sae, sae.d_in)
+    if probing is None:
+        reporter.warn(f"no value of the column '{labels.column}' is that of enough texts to be probed")
+    return probing
 
 
 def _write_rows(

@@ -85,7 +85,7 @@ def accept(spec: JobSpec, reporter: Reporter) -> Accepted:
             reporter.say(0.5, f"read {read} texts of {request.corpus_file}")
 
     lengths = request.min_text_characters, request.max_text_characters
-    rules = CorpusRules(request.corpus_column, *lengths, _chat_template(spec, source, reporter))
+    rules = CorpusRules(request.corpus_column, *lengths, _chat_template(spec, source, reporter), request.label_column)
     files, commit = _files(spec, reporter)
     texts = open_corpus(files, spec.scratch, rules, on_texts)
     if request.token_budget is None:

@@ -97,7 +97,7 @@ def hold_out(texts: Texts, tokens: Tokens, share: float) -> NDArray[np.bool_]:
     count = tokens.corpus.texts
     if not share or count < 2:
         return np.zeros(count, bool)
-    places = np.fromiter((_place(text) for text in texts), np.float64, count)
+    places = np.fromiter((place_of(text) for text in texts), np.float64, count)
     if count >= FEW_TEXTS:
         return places < share
     rows_of_text = np.diff(tokens.index.starts.read(0, count + 1))
@@ -178,7 +178,7 @@ def _counted(counts: dict[int, int], left_out: int, median: float | None) -> Row
     )
 
 
-def _place(text: str) -> float:
+def place_of(text: str) -> float:
     """A number in [0, 1) that depends on the text alone."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
 

@@ -9,13 +9,15 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from mistudio_schemas import ErrorCode
 from mistudio_train.errors import CorpusRefused
 
 Place = str | None
 """Where in the file: `line 3`, `item 3`, `row 3`; `None`: the file as a whole."""
+Row = tuple[Place, Any, Any]
+"""Of a corpus: where it is, what it holds, and its label if these are wanted."""
 HINT = "Correct the file; texts are UTF-8, and its suffix must say what it is."
 COLUMNS_NAMED = 12
 """As many columns are named in an error."""
@@ -30,6 +32,8 @@ class Source:
     """What the requester calls it."""
     conversations: bool = False
     """Whether it holds conversations, and no texts."""
+    label_column: str | None = None
+    """The column of each row's label; `None`: none are wanted."""
 
     @property
     def gzipped(self) -> bool:
@@ -92,6 +96,21 @@ class Source:
         return CorpusRefused(
             f"{self._at(place)}: there is no column '{column}', only {_listed(columns)}",
             "Name one of these with corpus_column.",
+            ErrorCode.CORPUS_COLUMN,
+        )
+
+    def label_among(self, place: Place, columns: Collection[str]) -> str | None:
+        """The column of the labels, if these are wanted.
+
+        Raises:
+            CorpusRefused: `corpus.column`, if it is not there.
+
+        """
+        if self.label_column is None or self.label_column in columns:
+            return self.label_column
+        raise CorpusRefused(
+            f"{self._at(place)}: there is no column '{self.label_column}', only {_listed(columns)}",
+            "Name one of these with label_column, or leave it out.",
             ErrorCode.CORPUS_COLUMN,
         )
 

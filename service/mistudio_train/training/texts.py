@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .disk import ArrayFile, ArrayWriter
+from .labels import Labels
 
 READ_AHEAD = 64
 READ_AHEAD_BYTES = 4 * 1024**2
@@ -72,13 +73,17 @@ class TextsWriter:
 class Texts:
     """A sequence of texts of which none is in memory: `texts[i]` reads the i-th."""
 
-    def __init__(self, folder: Path, *, dropped: Dropped = Dropped(), sha256: str = "0" * 64) -> None:
+    def __init__(
+        self, folder: Path, *, dropped: Dropped = Dropped(), sha256: str = "0" * 64, labels: Labels | None = None
+    ) -> None:
         self._bytes = ArrayFile(folder / "texts.bin", np.uint8)
         self._starts = ArrayFile(folder / "texts.idx", np.int64)
         self.dropped = dropped
         """Texts of the corpus that are not among these."""
         self.sha256 = sha256
         """Of the corpus file, as it was given."""
+        self.labels = labels
+        """Where the request names a column of them."""
 
         self._count = len(self._starts) - 1
 

@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import IO, Any, Final
 from zipfile import ZIP_STORED, ZipFile, ZipInfo
 
+import numpy as np
 import torch
 from torch import Tensor
 
+ROOT: Final = "archive"
 ALIGNMENT: Final = 64
 """Storages begin at a multiple of this, so that they can be mapped into memory."""
 PROTOCOL: Final = 2
@@ -131,11 +133,27 @@ def torch_archive(path: Path, content: Mapping[str, object]) -> Iterator[TorchAr
     `content` holds plain values, `Matrix` at any depth and `Strings` at the top. The same content gives the same bytes.
     """
     with path.open("wb") as file, ZipFile(file, "w", ZIP_STORED) as zipped:
-        archive = TorchArchive(file, zipped, "archive")
+        archive = TorchArchive(file, zipped, ROOT)
         archive.write("data.pkl", pickled(content))
         archive.write("byteorder", [sys.byteorder.encode()])
         yield archive
         archive.write("version", [b"3\n"])
+
+
+def mapped(path: Path, matrix: Matrix) -> Tensor:
+    """A matrix of an archive of ours, mapped into memory and not to be written to; its strings are not read.
+
+    Raises:
+        KeyError: if the archive has no such record.
+
+    """
+    with ZipFile(path) as zipped, path.open("rb") as file:
+        info = zipped.getinfo(f"{ROOT}/data/{matrix.key}")
+        file.seek(info.header_offset + LOCAL_HEADER - 4)
+        name, extra = struct.unpack("<HH", file.read(4))
+        offset = info.header_offset + LOCAL_HEADER + name + extra
+    numbers = np.memmap(path, np.float32, "c", offset, matrix.shape)  # copy on write: torch warns of what is read-only
+    return torch.from_numpy(numbers)
 
 
 def write_tensor(record: IO[bytes], tensor: Tensor) -> None:

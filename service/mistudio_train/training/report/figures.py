@@ -15,6 +15,7 @@ from mistudio_schemas import CrossEntropy, SAEMetrics, SAEResult
 
 from .charts import Chart, Series, bar_chart, line_chart
 from .neighbours import Neighbours
+from .shown import shown
 
 HEADLINES: Final = {
     "fvu": ("FVU", "of the variance is not reconstructed"),
@@ -32,6 +33,8 @@ LOSSES: Final = ("clean", "spliced", "zero", "mean", "recovered_zero", "recovere
 FIRING: Final = ("never", "<1e-6", *(f"1e{power / 2:g}" for power in range(-12, 0)))
 COSINES: Final = 20
 FEW_STEPS: Final = 5
+PROBED: Final = (1, 5, 20)
+"""Numbers of features whose accuracy is shown."""
 CURVES: Final = (
     ("Loss", (("loss", "step", "loss"), ("reconstruction", "step", "reconstruction_loss"))),
     ("L0: active latents a row", (("training", "step", "l0"), ("held out", "held_out", "l0"))),
@@ -121,6 +124,33 @@ def judged_by(metrics: SAEMetrics) -> str:
     if metrics.held_out:
         return f"On {said(metrics.rows)} rows of texts that were held out of training, unless a line says otherwise."
     return f"On the {said(metrics.rows)} rows that it was trained on: no text was held out, so these flatter it."
+
+
+@dataclass(frozen=True)
+class ProbeRow:
+    """What tells one label."""
+
+    label: str
+    texts: str
+    features: list[int]
+    """The most telling ones."""
+    accuracies: list[str]
+    """With one feature, with five, with all that were tried, and with all dimensions."""
+
+
+def probe_rows(probing: Path) -> list[ProbeRow]:
+    """Of `probing.json`, each label and their mean; nothing where there is none."""
+    if not probing.exists():
+        return []
+    told = json.loads(probing.read_text(encoding="utf-8"))
+
+    def row(label: str, texts: int, features: list[int], found: dict[str, Any]) -> ProbeRow:
+        of_k = dict(zip(told["features"], found["balanced_accuracy"], strict=True))
+        shown_accuracies = [of_k[k] for k in PROBED] + [found["all_dimensions"]]
+        return ProbeRow(label, f"{texts:,}", features, [percent(one) for one in shown_accuracies])
+
+    labels = [row(shown(one["label"]), one["texts"], one["features"][:3], one) for one in told["of_labels"]]
+    return [row(f"mean of {told['labels']}", told["texts"], [], told), *labels]
 
 
 def curves(log: Path) -> list[Panel]:

@@ -17,7 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from .charts import Chart
-from .figures import Figure, SweepRow
+from .figures import Figure, ProbeRow, SweepRow
 
 HERE: Final = Path(__file__).parent
 
@@ -59,6 +59,8 @@ class Page:
     spreads: Sequence[Chart]
     sweep: Sequence[SweepRow]
     frontier: Chart | None
+    probed: Sequence[ProbeRow]
+    """By a column of labels; the first row is the mean of all."""
     features_note: str
     index: Index
     packs: Sequence[str]
@@ -88,6 +90,7 @@ def _sections(page: Page) -> list[tuple[str, str]]:
         ("curves", "Training", page.curves),
         ("evaluation", "Evaluation", True),
         ("sweep", "All SAEs", page.sweep),
+        ("probing", "Probing", page.probed),
         ("features", "Features", True),
         ("files", "Files", True),
     ]
