@@ -79,7 +79,16 @@ ODD: tuple[Any, ...] = (
     ),
 )
 FIELDS = (
-    *("model_name", "model_revision", "corpus_file", "corpus_column", "label_column", "layer_number", "hook_site", "token_name"),
+    *(
+        "model_name",
+        "model_revision",
+        "corpus_file",
+        "corpus_column",
+        "label_column",
+        "layer_number",
+        "hook_site",
+        "token_name",
+    ),
     *("hidden_dim", "sparsity_coeff", "learning_rate", "batch_size", "max_epochs", "min_loss", "gpu_id", "job_id"),
     *("max_sequence_length", "sae", "saes", "pooling", "huggingface_token", "seed", "dtype", "unknown"),
 )

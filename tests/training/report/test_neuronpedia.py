@@ -4,12 +4,17 @@ import json
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
+from sae_dashboard.neuronpedia.neuronpedia_dashboard import (
+    NeuronpediaDashboardActivation,
+    NeuronpediaDashboardBatch,
+    NeuronpediaDashboardFeature,
+)
 from safetensors.torch import load_file
 
 from mistudio_schemas import TrainRequested
@@ -18,25 +23,6 @@ from mistudio_train.training.report import neuronpedia
 from tests.training.conftest import Listener
 
 from .conftest import PLAIN, report_of
-
-BATCH = {"model_id": str, "layer": int, "sae_set": str, "features": [dict]}
-FEATURE = {
-    "feature_index": int,
-    "neuron_alignment_indices": [int], "neuron_alignment_values": [float], "neuron_alignment_l1": [float],
-    "correlated_neurons_indices": [int], "correlated_neurons_l1": [float], "correlated_neurons_pearson": [float],
-    "correlated_features_indices": [int], "correlated_features_l1": [float], "correlated_features_pearson": [float],
-    "neg_str": [str], "neg_values": [float], "pos_str": [str], "pos_values": [float],
-    "frac_nonzero": float,
-    "freq_hist_data_bar_values": [float], "freq_hist_data_bar_heights": [float],
-    "logits_hist_data_bar_heights": [float], "logits_hist_data_bar_values": [float],
-    "n_prompts_total": int, "n_tokens_in_prompt": int, "dataset": str,
-    "decoder_weights_dist": [float],
-    "activations": [dict],
-}  # fmt: skip
-ACTIVATION = {"bin_min": float, "bin_max": float, "bin_contains": float, "tokens": [str], "values": [float]}
-"""All three as jbloomAus/SAEDashboard has them at 03a615f, in `sae_dashboard/neuronpedia/neuronpedia_dashboard.py`: the
-arguments and `to_dict` of `NeuronpediaDashboardBatch`, `…Feature` and `…Activation`, less those of attribution
-(`dfa_…`), which it leaves out, too, where there is none."""
 
 SAE = {"kind": "topk", "k": 4, "hidden_dim": 64, "batch_size": 64}
 Exported = tuple[Path, list[dict[str, Any]], Listener]
@@ -59,29 +45,38 @@ def features_of(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [feature for batch in batches for feature in batch["features"]]
 
 
-def check(value: dict[str, Any], fields: dict[str, Any]) -> None:
-    """Those names and types, and no others."""
-    assert set(value) == set(fields)
-    for name, kind in fields.items():
-        if isinstance(kind, list):
-            assert type(value[name]) is list, name
-            assert {type(item) for item in value[name]} <= set(kind), name
+def check(value: dict[str, Any], hints: dict[str, Any]) -> None:
+    for name, found in value.items():
+        if get_origin(hints[name]) is list:
+            (inner,) = get_args(hints[name])
+            assert all(type(item) is (get_origin(inner) or inner) for item in found), name
         else:
-            assert type(value[name]) is kind, name
+            assert type(found) is hints[name], name
 
 
-def test_every_field_has_saedashboards_name_and_type(exported: Exported) -> None:
+def test_saedashboards_own_classes_take_every_field_and_say_the_same(exported: Exported) -> None:
     batches = exported[1]
     assert len(batches) > 1
     for batch in batches:
-        check(batch, BATCH)
+        read = NeuronpediaDashboardBatch(**batch)
+        assert read.to_dict() == batch  # no field is missing, and they refuse those that they do not know
+        assert len(read.features) == len(batch["features"]) > 0
         for feature in batch["features"]:
-            check(feature, FEATURE)
-            for activation in feature["activations"]:
-                check(activation, ACTIVATION)
-                assert len(activation["tokens"]) == len(activation["values"])
             for one, other in (("pos_str", "pos_values"), ("neg_str", "neg_values")):
                 assert len(feature[one]) == len(feature[other]) > 0
+
+
+def test_every_field_is_of_the_type_that_saedashboard_says(exported: Exported) -> None:
+    hints = {
+        name: get_type_hints(one.__init__)
+        for name, one in (("feature", NeuronpediaDashboardFeature), ("activation", NeuronpediaDashboardActivation))
+    }
+    for feature in features_of(exported[1]):
+        check(feature, hints["feature"])
+        for activation in feature["activations"]:
+            check(activation, hints["activation"])
+            assert len(activation["tokens"]) == len(activation["values"])
+            assert activation["values"][activation["qualifying_token_index"]] > 0
 
 
 def test_every_living_feature_is_there_once_with_the_stores_figures(exported: Exported) -> None:

@@ -30,7 +30,7 @@ ALIGNED: Final = 3
 UNKNOWN: Final = (
     "correlated_neurons_indices", "correlated_neurons_l1", "correlated_neurons_pearson",
     "correlated_features_indices", "correlated_features_l1", "correlated_features_pearson",
-    "logits_hist_data_bar_heights", "logits_hist_data_bar_values", "decoder_weights_dist",
+    "logits_hist_data_bar_heights", "logits_hist_data_bar_values", "decoder_weights_dist", "vector",
 )  # fmt: skip
 """Lists that stay empty, as they may: nothing here has measured what they hold."""
 
@@ -75,6 +75,7 @@ def write_neuronpedia(
         "model_id": Path(material.model.model_name).name,
         "layer": result.layer_number,
         "sae_set": result.name,
+        "sae_id_suffix": None,
     }
     order = np.sort(gathered.order)
     for number, first in enumerate(range(0, len(order), BATCH)):
@@ -153,6 +154,7 @@ def _activation(gathered: Gathered, window: int, rows: int) -> Json:
         **_bin(gathered, number, band, rows),
         "tokens": sources.pieces(start, stop),
         "values": _rounded(windows.strengths[window, : stop - start]),
+        "qualifying_token_index": int(windows.places.row[window]) - start,
     }
 
 
