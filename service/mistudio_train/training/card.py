@@ -21,8 +21,9 @@ from .report.shown import shown
 
 NAME: Final = "README.md"
 DATASETS: Final = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
-ACTIVE: Final = re.compile(r"([!-/:-@\[-`{-~])")
-"""ASCII punctuation: every character that means something in Markdown, and which a backslash makes plain."""
+ACTIVE: Final = re.compile(r"([!-+./:-@\[-`{-~]|(?<!\w)[,-]|[,-](?!\w))")
+"""ASCII punctuation: every character that means something in Markdown, and which a backslash makes plain; a comma or a
+hyphen within a word never does."""
 MOST: Final = 2000
 """Characters of one value."""
 OTHERS: Final = {
@@ -52,7 +53,7 @@ def write_card(folder: Path, result: SAEResult, material: Material) -> None:
         f"# {prose(Path(material.model.model_name).name)}: {prose(result.name)}",
         f"A sparse autoencoder ({code(result.kind)}, {result.feature_count:,} latents) of the activations at "
         f"{_site(result)} of {code(material.model.model_name)}, trained by miStudioTrain.",
-        *_section("Figures", [prose(judged_by(result.metrics)), _table(("Figure", "Value"), figures(result.metrics))]),
+        *_section("Figures", [judged_by(result.metrics), _table(("Figure", "Value"), figures(result.metrics))]),
         *_section("Load it", [_fenced(_load_lines(result), "python"), *_what_is_x(material)]),
         *_section("Warnings", ["\n".join(f"- {prose(warning)}" for warning in material.warnings)]),
         *_section("Made from", [_table(("What", "Which"), _provenance(result, material, metadata))]),
@@ -128,7 +129,8 @@ def _provenance(result: SAEResult, material: Material, metadata: Mapping[str, An
         rows = result.rows
         parts = f"{rows.training:,} trained on, {rows.held_out:,} held out, {rows.left_out:,} left out"
         yield "Rows", f"{rows.total:,}, {'a text each' if material.whole_texts else 'a token each'}: {parts}"
-    steps, passes = f"{result.steps:,} steps", f"{result.epochs_trained:,} passes"
+    steps, count = f"{result.steps:,} steps", result.epochs_trained
+    passes = f"{count:,} passes" if count != 1 else "1 pass"
     yield "Training", f"{steps}, {passes}, until {code(result.stop_reason)}"
     yield "Seed", f"{metadata['sae_config']['seed']}"
     yield "Device", code(str(metadata["training_results"]["device"]))
