@@ -10,7 +10,7 @@ import torch
 from mistudio_schemas import TrainCompleted
 from mistudio_train.worker.store import Store
 
-NOT_COMPARED = ("metadata.json", "training_log.jsonl", "index.html", "curves.png")
+NOT_COMPARED = ("metadata.json", "training_log.jsonl", "index.html", "curves.png", "README.md")
 """They hold times, and measurements are taken once a second."""
 OF_ONE_RUN = frozenset({"job_id", "prefix", "training_seconds"})
 
