@@ -202,7 +202,7 @@ def _work(accepted: "Accepted", read: "CorpusWork", saes: list["SAEWork"]) -> "W
     from mistudio_train.training.work import Work
 
     request = accepted.spec.request
-    return Work(accepted.source, accepted.plan, accepted.sites, request, read, saes, accepted.spec.token)
+    return Work(accepted.source, accepted.plan, accepted.sites, request, read, saes)
 
 
 def _show(found: Estimate) -> None:

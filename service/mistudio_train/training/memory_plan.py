@@ -93,6 +93,10 @@ class MemoryPlan:
     available_bytes: int
     """What the lease allows there."""
     parameters: int
+    weights_run: int = 0
+    """Numbers in the matrices of the blocks that run for the deepest site: each meets every token once."""
+    weights_of_blocks: int = 0
+    """The same of all blocks."""
     memory_optimizations: dict[str, Any] = field(default_factory=dict)
     """What the job's metadata says of it, with the seed's keys."""
     splices: bool = False
@@ -137,7 +141,8 @@ def plan_memory(source: ModelSource, spec: JobSpec, device: Device | None = None
     planned = device.overhead + max(model_bytes, extracting, sae_bytes, splicing if splices else 0)
     plan = MemoryPlan(
         device.name, dtype, quantization, tokens, model_bytes, sae_bytes, planned, device.available_bytes,
-        sum(map(_size, shapes.values())), splices=splices, warnings=_warnings(spec.request.quantization, quantization),
+        sum(map(_size, shapes.values())), _in_matrices(first_blocks(blocks, shapes)), _in_matrices(shapes),
+        splices=splices, warnings=_warnings(spec.request.quantization, quantization),
     )  # fmt: skip
     if wants_splices and not splices:
         too_large = f"the whole model needs {splicing / GIB:.2f} GiB: its cross-entropy with an SAE is not measured"
@@ -159,6 +164,11 @@ def first_blocks(count: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     """Without the other blocks: a block's weights have its number as the first one in their names."""
     numbers = {name: re.search(r"(?:^|\.)(\d+)\.", name) for name in shapes}
     return {name: shapes[name] for name, number in numbers.items() if number is None or int(number[1]) < count}
+
+
+def _in_matrices(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Of the blocks alone: embeddings are looked up."""
+    return sum(_size(shape) for name, shape in shapes.items() if len(shape) == 2 and re.search(r"(?:^|\.)\d+\.", name))
 
 
 def _is_mapped(source: ModelSource, device: Device, dtype: Dtype) -> bool:

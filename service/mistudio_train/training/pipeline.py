@@ -3,6 +3,7 @@
 Reads top to bottom as the job goes; each step's substance is in its own module.
 """
 
+import logging
 import time
 from typing import Any, Final
 
@@ -35,6 +36,8 @@ from .sweep import Sweep, free, make_saes
 from .tokens import Rules
 from .wanted import Wanted
 from .work import CorpusWork, SAEWork, Work
+
+logger = logging.getLogger(__name__)
 
 LOADING: Final = (0.02, 0.05)
 EXTRACTING: Final = (0.05, 0.4)
@@ -96,12 +99,22 @@ def carry_out(job: Accepted, reporter: Reporter) -> Finished:
         device=job.plan.device,
         memory_peak_bytes=reporter.memory_peak_bytes(),
         stopped_early=sweep.stopped,
-        pace=None if spec.attempt > 1 or sweep.stopped or sweep.failures else _pace(job, extraction, sweep, reporter),
+        pace=_pace(job, extraction, sweep, reporter),
     )
 
 
-def _pace(job: Accepted, extraction: Extraction, sweep: Sweep, reporter: Reporter) -> Pace:
-    """What was measured, beside what there was to do."""
+def _pace(job: Accepted, extraction: Extraction, sweep: Sweep, reporter: Reporter) -> Pace | None:
+    """What was measured, beside what there was to do; of a job that was done whole and in one go."""
+    if job.spec.attempt > 1 or sweep.stopped or sweep.failures:
+        return None
+    try:
+        return _measured(job, extraction, sweep, reporter)
+    except Exception:  # the result is there, and no estimate is worth it
+        logger.exception("how long the job took cannot be told")
+        return None
+
+
+def _measured(job: Accepted, extraction: Extraction, sweep: Sweep, reporter: Reporter) -> Pace:
     spec, corpus = job.spec, extraction.corpus
     saes = [
         SAEWork(one.kind, one.feature_count, written.batch_size, one.steps, one.metrics.l0 or 0.0)
@@ -109,7 +122,7 @@ def _pace(job: Accepted, extraction: Extraction, sweep: Sweep, reporter: Reporte
         for one in [written.result]
     ]
     read = CorpusWork(job.texts.bytes, corpus.texts, corpus.tokens, corpus.windows, corpus.rows)
-    work = Work(job.source, job.plan, job.sites, spec.request, read, saes, spec.token)
+    work = Work(job.source, job.plan, job.sites, spec.request, read, saes)
     seconds = reporter.seconds({one.result.name: one.result.kind for one in sweep.written})
     return Pace(
         job_id=spec.job_id,

@@ -5,11 +5,10 @@ Counts from shapes, before a job as after it; measures nothing, and knows no rat
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from mistudio_schemas import KSparseFields, SAEConfig, TrainRequested
 
-from .memory_plan import BYTES, MemoryPlan, first_blocks, trunk_shapes
+from .memory_plan import BYTES, MemoryPlan
 from .model_source import ModelSource
 from .sites import Sites
 
@@ -67,8 +66,6 @@ class Work:
     request: TrainRequested
     corpus: CorpusWork
     saes: Sequence[SAEWork]
-    token: str | None = None
-    """The hub's, for the shapes of a model that is not here."""
 
     def units(self) -> Units:
         """What each part's time is a sum of multiples of."""
@@ -77,7 +74,7 @@ class Work:
             "planning": (corpus.bytes, 1),
             "loading": (self.plan.model_bytes, 1),
             "extracting": (
-                corpus.tokens * self._flop(self._blocks),
+                corpus.tokens * self._flop(self.plan.weights_run, self._blocks),
                 corpus.tokens,
                 corpus.rows * d_in * len(self.sites.distinct),
                 1,
@@ -89,7 +86,7 @@ class Work:
             held_out = min(self.request.cross_entropy_tokens, corpus.tokens * self.request.held_out_share)
             head = 2 * d_in * self.source.vocab_size
             passes = len(self.saes) * 3 + 1  # as it is, and each with reconstructions, zero and the mean
-            flop = held_out * passes * (self._flop(self.source.total_layers) + head)
+            flop = held_out * passes * (self._flop(self.plan.weights_of_blocks, self.source.total_layers) + head)
             units["predicting"] = (flop, self.plan.model_bytes, 1)
         units["evaluating"] = _sum(self._evaluating(sae) for sae in self.saes)
         units["exporting"] = _sum(self._exporting(sae) for sae in self.saes)
@@ -112,12 +109,10 @@ class Work:
     def _blocks(self) -> int:
         return max(site.blocks for site in self.sites.distinct)
 
-    def _flop(self, blocks: int) -> float:
-        """Of a token through so many blocks: two for each weight of a matrix, and the attention to the others."""
-        shapes = first_blocks(blocks, trunk_shapes(self.source, self.token))
-        matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and _is_in_a_block(name)}
+    def _flop(self, weights: int, blocks: int) -> float:
+        """Of a token through so many blocks of so many weights: two for each, and the attention to the others."""
         others = self.corpus.tokens / max(1, self.corpus.windows)
-        return 2 * sum(map(prod, matrices.values())) + 4 * blocks * self.source.d_in * others
+        return 2 * weights + 4 * blocks * self.source.d_in * others
 
     def _training(self, sae: SAEWork) -> tuple[float, ...]:
         """Products, what each step does to the parameters, reading the rows, what a step costs by itself."""
@@ -150,10 +145,6 @@ def expected_active(config: SAEConfig, d_sae: int, known: float | None) -> float
         return config.k
     target = getattr(config, "target_l0", None)
     return target or d_sae * (0.05 if known is None else known)
-
-
-def _is_in_a_block(name: str) -> bool:
-    return any(part.isdigit() for part in name.split("."))
 
 
 def _sum(rows: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
