@@ -3,16 +3,20 @@
 Owns that file; knows not what is concluded from it, and fails no job. Imports no torch.
 """
 
-import fcntl
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+from pydantic import TypeAdapter, ValidationError
 
 KEPT: Final = 200
 """Of the latest jobs; what is older says little of the machine as it is."""
+MOST_LINES: Final = 1000
+"""Of the file."""
 AROUND: Final = "around"
 """The part that is no child's: its process, and the files into and out of the workspace."""
 
@@ -36,8 +40,10 @@ class Pace:
     device: str
     """As `device_name` names it."""
     parts: Mapping[str, Part]
-    active: Mapping[str, float]
-    """Of each kind of SAE the share of its latents that were active on a row."""
+    child_seconds: float
+    """Of the child, what is in no part included: it may have fetched a dataset, or put the result on the hub."""
+    active_share: Mapping[str, float]
+    """Of each kind of SAE the share of its latents that were active on a row, the median of several."""
     memory_planned: int
     memory_peak: int
     disk_planned: int
@@ -46,6 +52,9 @@ class Pace:
     """Bytes of the workspace when the work was done."""
     result: int = 0
     """Bytes of the files that were delivered."""
+
+
+FORM: Final = TypeAdapter(Pace)
 
 
 def keep(path: Path, pace: Pace | None, *, seconds: float, disk: int, result: int) -> None:
@@ -61,41 +70,37 @@ def keep(path: Path, pace: Pace | None, *, seconds: float, disk: int, result: in
     """
     if pace is None:
         return
-    around = Part((result, 1.0), max(0.0, seconds - sum(part.seconds for part in pace.parts.values())))
+    around = Part((result, 1.0), max(0.0, seconds - pace.child_seconds))
     whole = replace(pace, parts={**pace.parts, AROUND: around}, disk=disk, result=result)
     try:
         _append(path, whole)
-    except OSError as error:
-        logger.warning("how long job %s took is not kept in %s: %s", pace.job_id, path, error.strerror)
+    except Exception as error:  # its files are delivered
+        logger.warning("how long job %s took is not kept in %s: %s", pace.job_id, path, error)
 
 
 def paces_in(path: Path) -> list[Pace]:
-    """The jobs of the file, the latest last; what is no whole line of this form is passed over."""
-    if not path.is_file():
-        return []
-    found = (_pace(line) for line in path.read_text(encoding="utf-8", errors="replace").splitlines())
-    return [one for one in found if one is not None]
+    """The latest jobs of the file, the last one last; what is no whole line of this form is passed over."""
+    found = (_pace(line) for line in _lines(path))
+    return [one for one in found if one is not None][-KEPT:]
 
 
 def _append(path: Path, pace: Pace) -> None:
-    """Two slots may end at once, and two workers share a disk."""
+    """In one write, as two slots may end at once and two workers share a disk; now and then what is old goes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        file.seek(0)
-        lines = [*file.read().splitlines(), json.dumps(asdict(pace))][-KEPT:]
-        file.truncate(0)
-        file.write("".join(f"{line}\n" for line in lines))
+    with path.open("ab", buffering=0) as file:
+        file.write(json.dumps(asdict(pace)).encode() + b"\n")
+    if len(lines := _lines(path)) > MOST_LINES:
+        aside = path.with_suffix(f".{os.getpid()}.tmp")
+        aside.write_bytes(b"".join(line + b"\n" for line in lines[-KEPT:]))
+        aside.replace(path)
 
 
-def _pace(line: str) -> Pace | None:
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines() if path.is_file() else []
+
+
+def _pace(line: bytes) -> Pace | None:
     try:
-        value: dict[str, Any] = json.loads(line)
-        parts = {name: Part(_numbers(part["units"]), float(part["seconds"])) for name, part in value["parts"].items()}
-        return Pace(**value | {"parts": parts})
-    except (ValueError, TypeError, KeyError, AttributeError):
+        return FORM.validate_json(line)
+    except ValidationError:
         return None
-
-
-def _numbers(values: Sequence[Any]) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)

@@ -33,6 +33,10 @@ def units_of(chance: random.Random) -> Units:
     }
 
 
+def pace_of(job: str, parts: dict[str, Part]) -> Pace:
+    return Pace(job, "CPU", parts, 1.0, {"topk": 0.01}, 1000, 1100, 2000, 100, disk=1900)
+
+
 def jobs(count: int, noise: float = 0.0, seed: int = 0) -> list[Pace]:
     chance = random.Random(seed)
     made = []
@@ -41,7 +45,7 @@ def jobs(count: int, noise: float = 0.0, seed: int = 0) -> list[Pace]:
         parts = {
             name: Part(units[name], took * (1 + chance.uniform(-noise, noise))) for name, took in seconds(units).items()
         }
-        made.append(Pace(f"j{number}", "CPU", parts, {"topk": 0.01}, 1000, 1100, 2000, 100, disk=1900))
+        made.append(pace_of(f"j{number}", parts))
     return made
 
 
@@ -95,7 +99,7 @@ def test_no_time_is_below_nothing_whatever_the_jobs_were() -> None:
     chance = random.Random(1)
     for _ in range(50):
         known = [
-            Pace("j", "CPU", {"loading": Part((chance.random(), 1.0), chance.random())}, {}, 1, 1, 1, 1)
+            pace_of("j", {"loading": Part((chance.random(), 1.0), chance.random())})
             for _ in range(chance.randint(1, 9))
         ]
         assert expected({"loading": (chance.random() * 100, 1.0)}, known).seconds >= 0
@@ -104,7 +108,7 @@ def test_no_time_is_below_nothing_whatever_the_jobs_were() -> None:
 def test_the_error_is_that_of_each_job_from_the_others() -> None:
     paces = jobs(10)
     slow = {name: Part(part.units, 3 * part.seconds) for name, part in paces[4].parts.items()}
-    paces[4] = Pace("slow", "CPU", slow, {}, 1, 1, 1, 1)
+    paces[4] = pace_of("slow", slow)
     error = expected(units_of(random.Random(5)), paces).error
     assert error is not None
     assert error.worst > 0.5
@@ -118,3 +122,14 @@ def test_errors_of_figures_and_the_share_of_active_latents() -> None:
     assert share_error([]) is None
     assert active_share("topk", jobs(3)) == 0.01
     assert active_share("gated", jobs(3)) is None
+
+
+def test_parts_that_another_version_counted_otherwise_say_nothing() -> None:
+    paces, units = jobs(6), units_of(random.Random(5))
+    other = {"loading": Part((1.0,), 1e6), "extracting": Part((), 1e6)}
+    assert expected(units, [*paces, pace_of("old", other)]).parts == expected(units, paces).parts
+
+
+def test_an_amount_that_no_job_had_is_no_part_of_the_rule() -> None:
+    known = [pace_of("j", {"exporting": Part((0.0, 0.0, float(size), 1.0), 1.0 + size)}) for size in (1, 2, 4, 8)]
+    assert expected({"exporting": (5.0, 7.0, 4.0, 1.0)}, known).seconds == pytest.approx(5.0)

@@ -152,13 +152,21 @@ def test_a_column_that_is_not_there_is_refused(tmp_path: Path, name: str) -> Non
 def test_lines_of_text_have_no_labels(tmp_path: Path) -> None:
     (tmp_path / "c.txt").write_text("a\nb\n")
     (tmp_path / "c.jsonl").write_text('"a"\n"b"\n')
-    for name, said in (("c.txt", "no column of labels"), ("c.jsonl", "no column 'kind'")):
+    for name, said in (("c.txt", "no column of labels"), ("c.jsonl", "line 1: a str has no column 'kind' of labels")):
         with pytest.raises(CorpusRefused, match=said):
             open_corpus({name: tmp_path / name}, tmp_path / f"scratch-{name}", CorpusRules(label_column="kind"))
 
 
 @pytest.mark.parametrize(
-    ("value", "said"), [(1.5, "a float"), (["a"], "a list"), ({"a": 1}, "a dict"), ("x" * 201, "has 201")], ids=str
+    ("value", "said"),
+    [
+        (1.5, "a float"),
+        (["a"], "a list"),
+        ({"a": 1}, "a dict"),
+        ("x" * 201, "has 201"),
+        ("\ud83d", "half a surrogate pair"),
+    ],
+    ids=["float", "list", "dict", "long", "surrogate"],
 )
 def test_what_is_no_label_is_refused_with_its_place(tmp_path: Path, value: object, said: str) -> None:
     lines = [{"text": "a", "kind": "fine"}, {"text": "b", "kind": value}]
@@ -178,11 +186,49 @@ def test_a_column_of_names_is_no_column_of_labels(tmp_path: Path) -> None:
 
 def test_whole_numbers_and_truth_values_are_labels(tmp_path: Path) -> None:
     with LabelsWriter(tmp_path, "kind") as writer:
-        for value in (True, False, 3, "3", "", None):
+        for value in (True, False, 3, "3", 3.0, "", None, float("nan")):
             writer.append(value)
     labels = writer.labels
     assert labels.names == ("true", "false", "3")
-    assert labels.first(9).tolist() == [0, 1, 2, 2, NONE, NONE]
+    assert labels.first(9).tolist() == [0, 1, 2, 2, 2, NONE, NONE, NONE]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "csv", "parquet"])
+def test_the_column_of_labels_is_not_taken_for_that_of_the_texts(tmp_path: Path, suffix: str) -> None:
+    records, path = [{"body": "a cat", "kind": "x"}, {"body": "a dog", "kind": "y"}], tmp_path / f"c.{suffix}"
+    match suffix:
+        case "jsonl":
+            path.write_text("\n".join(map(json.dumps, records)))
+        case "json":
+            path.write_text(json.dumps(records))
+        case "csv":
+            path.write_text("body,kind\na cat,x\na dog,y\n")
+        case _:
+            pq.write_table(pa.Table.from_pylist(records), path)
+    texts = open_corpus({path.name: path}, tmp_path / "scratch", CorpusRules(label_column="kind"))
+    assert list(texts) == ["a cat", "a dog"]
+    assert texts.labels is not None
+    assert texts.labels.names == ("x", "y")
+
+
+def test_a_later_row_without_the_column_has_no_label(tmp_path: Path) -> None:
+    lines = ['{"text": "a", "kind": "x"}', "null", '{"text": "b"}', "", '{"text": "c", "kind": null}']
+    (tmp_path / "c.jsonl").write_text("\n".join(lines))
+    texts = open_corpus({"c.jsonl": tmp_path / "c.jsonl"}, tmp_path / "scratch", CorpusRules(label_column="kind"))
+    assert texts.labels is not None
+    assert texts.labels.first(9).tolist() == [0, NONE, NONE]
+
+
+def test_of_many_texts_some_are_drawn_whatever_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mistudio_train.training.probe.MOST_TEXTS", TEXTS // 2)
+    monkeypatch.setattr("mistudio_train.training.torch_archive.BLOCK_NUMBERS", 7 * D_SAE)
+    acts_TF = noise()
+    acts_TF[1::2, 17] += 5
+    texts, labels = made(tmp_path, lambda text: "odd" if text % 2 else "even", acts_TF)
+    found = probe(tmp_path, labels, texts, TEXTS, D_SAE, D_IN)
+    assert found is not None
+    assert found.texts == TEXTS // 2
+    assert found.balanced_accuracy[0] == 1.0
 
 
 def test_a_job_is_probed_by_the_column_that_it_names(model_folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -213,3 +259,27 @@ def test_a_job_is_probed_by_the_column_that_it_names(model_folder: Callable[...,
     assert TrainRequested.from_json((job.output / "request.json").read_bytes()).label_column == "topic"
     assert {one["label"] for one in told["of_labels"]} == {"cats", "ships"}
     assert not [one for one in parent.heard if isinstance(one, Warned) and "probed" in one.message]
+
+
+def test_a_probe_or_a_card_that_cannot_be_made_fails_no_job(
+    model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no ink")
+
+    monkeypatch.setattr("mistudio_train.training.results.probe", broken)
+    monkeypatch.setattr("mistudio_train.training.sweep.write_card", broken)
+    monkeypatch.setattr("mistudio_train.training.pipeline.device_name", broken)
+    fields: dict[str, Any] = {"corpus_file": "c.jsonl", "label_column": "topic", "report": False, "pooling": "token"}
+    job = spec(model_folder("llama"), tmp_path / "job", [], sae={"kind": "topk", "k": 4, "hidden_dim": 64}, **fields)
+    assert job.corpus is not None
+    job.corpus.write_text("\n".join(json.dumps({"text": f"a cat {n}", "topic": "ab"[n % 2]}) for n in range(90)))
+    parent = Listener()
+    finished = run_job(job, parent)
+    assert finished.saes[0].metrics.probing is None
+    assert finished.pace is None
+    warned = [one.message for one in parent.heard if isinstance(one, Warned) and "no ink" in one.message]
+    assert warned == [
+        "topk-0 has not been probed: RuntimeError: no ink",
+        "topk-0 has no model card: RuntimeError: no ink",
+    ]

@@ -89,10 +89,13 @@ def estimated(request: TrainRequested, corpus_folder: Path | None, settings: Set
         JobError: if a worker would refuse it.
 
     """
+    from mistudio_train.worker.hub_push import push_of
+
     from .expected import active_share, expected, share_error
 
-    request = _from_scratch(request)
-    with tempfile.TemporaryDirectory(prefix="mistudio-") as scratch:
+    push_of(request, settings)
+    request, disk = _from_scratch(request), settings.data_path if settings.data_path.is_dir() else None
+    with tempfile.TemporaryDirectory(prefix="mistudio-", dir=disk) as scratch:
         corpus = corpus_here(request, corpus_folder, Path(scratch), settings)
         spec = planned_spec(request, settings, corpus, Path(scratch))
         parent = _Listener()
@@ -208,7 +211,7 @@ def _work(accepted: "Accepted", read: "CorpusWork", saes: list["SAEWork"]) -> "W
 def _show(found: Estimate) -> None:
     table = Table("", "", "", box=None, show_header=False)
     time, parts = found.time, sorted(found.time.parts.items(), key=lambda item: -item[1])
-    table.add_row("time", _long(time.seconds), _error(time.error, "each estimated from the others"))
+    table.add_row("time", _long(time.seconds), _error(time.error, "each from the others"))
     for name, seconds in parts:
         table.add_row(f"  {name}", _long(seconds), "")
     memory = f"{found.memory_bytes / GIB:.2f} GiB of {found.memory_available_bytes / GIB:.2f}"

@@ -23,8 +23,6 @@ TRIED: Final = 40
 FAR: Final = 4.0
 """Times as much, or as little, as any earlier job had of something: what is said of it may be far off."""
 
-Units = Mapping[str, tuple[float, ...]]
-
 
 @dataclass(frozen=True)
 class Error:
@@ -54,7 +52,7 @@ class Expected:
         return sum(self.parts.values())
 
 
-def expected(units: Units, paces: Sequence[Pace]) -> Expected:
+def expected(units: Mapping[str, tuple[float, ...]], paces: Sequence[Pace]) -> Expected:
     """How long it will take.
 
     Args:
@@ -72,7 +70,7 @@ def expected(units: Units, paces: Sequence[Pace]) -> Expected:
 
 
 def time_error(paces: Sequence[Pace]) -> Error | None:
-    """Of the time, each job estimated from all others."""
+    """Of the time, each job estimated from all others, by what there was to do in the end."""
     missed = []
     for number in range(max(0, len(paces) - TRIED), len(paces)):
         others, one = [*paces[:number], *paces[number + 1 :]], paces[number]
@@ -90,7 +88,7 @@ def share_error(planned_and_so: Iterable[tuple[int, int]]) -> Error | None:
 
 def active_share(kind: str, paces: Sequence[Pace]) -> float | None:
     """Of the latents, that are active on a row: the median of earlier SAEs of that kind; `None`: there were none."""
-    shares = [pace.active[kind] for pace in paces if kind in pace.active]
+    shares = [pace.active_share[kind] for pace in paces if kind in pace.active_share]
     return median(shares) if shares else None
 
 
@@ -98,22 +96,26 @@ def _error(missed: list[float]) -> Error | None:
     return Error(median(missed), max(missed), len(missed)) if missed else None
 
 
-def _known(name: str, paces: Sequence[Pace]) -> list[Part]:
-    """The part in earlier jobs; of the training of a kind that none had, that of other kinds."""
-    same = [pace.parts[name] for pace in paces if name in pace.parts]
+def _known(name: str, amounts: int, paces: Sequence[Pace]) -> list[Part]:
+    """The part in earlier jobs; of the training of a kind that none had, that of other kinds.
+
+    A version that counted other amounts has left parts that say nothing of these.
+    """
+    parts = [(other, part) for pace in paces for other, part in pace.parts.items() if len(part.units) == amounts]
+    same = [part for other, part in parts if other == name]
     if same or " " not in name:
         return same
     phase = name.partition(" ")[0] + " "
-    return [part for pace in paces for other, part in pace.parts.items() if other.startswith(phase)]
+    return [part for other, part in parts if other.startswith(phase)]
 
 
 def _seconds(name: str, wanted: tuple[float, ...], paces: Sequence[Pace]) -> float | None:
-    known = _known(name, paces)
+    known = _known(name, len(wanted), paces)
     return _fitted(np.array(wanted), known) if known else None
 
 
 def _is_far(name: str, wanted: tuple[float, ...], paces: Sequence[Pace]) -> bool:
-    amounts = [part.units[0] for part in _known(name, paces)]
+    amounts = [part.units[0] for part in _known(name, len(wanted), paces)]
     return not min(amounts) / FAR <= wanted[0] <= max(amounts) * FAR
 
 
@@ -129,10 +131,11 @@ def _fitted(wanted_U: NDArray[np.float64], known: Sequence[Part]) -> float:
     away_N = np.log(np.maximum(units_NU[:, 0], 1) / max(wanted_U[0], 1))
     weights_N = 1 / (1 + away_N**2)
     best, found = float("inf"), 0.0
-    for size in range(1, min(len(wanted_U), (len(known) + 1) // 2) + 1):
-        for chosen in map(list, combinations(range(len(wanted_U)), size)):
+    had = np.flatnonzero(units_NU.any(axis=0)).tolist()
+    for size in range(1, min(len(had), (len(known) + 1) // 2) + 1):
+        for chosen in map(list, combinations(had, size)):
             rows_NC = units_NU[:, chosen] / seconds_N[:, None]
-            scale_C = np.maximum(np.abs(rows_NC).max(axis=0), 1e-300)
+            scale_C = rows_NC.max(axis=0)
             root_N = np.sqrt(weights_N)
             multiples_C, *_ = np.linalg.lstsq(rows_NC / scale_C * root_N[:, None], root_N, rcond=None)
             if (multiples_C < 0).any():

@@ -108,7 +108,7 @@ def _site(result: SAEResult) -> str:
 
 
 def _load_lines(result: SAEResult) -> str:
-    folder = 'SAE.load_from_disk("sae")  # this folder'
+    folder = 'SAE.load_from_disk(".")  # the folder of this file; of the hub what snapshot_download gives'
     takes = f"x: {result.hook_site} of block {result.layer_number}, float32 [rows, {result.input_dim}]"
     return f"from sae_lens import SAE\nsae = {folder}\nfeatures = sae.encode(x)  # {takes}"
 

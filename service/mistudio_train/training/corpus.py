@@ -180,14 +180,15 @@ def _txt(source: Source, column: str | None, scratch: Path) -> Iterator[Row]:
 
 
 def _jsonl(source: Source, column: str | None, scratch: Path) -> Iterator[Row]:
+    labels = _LabelOf(source)
     for place, line in _lines(source):
         if line.isspace():
             yield place, None, None
             continue
         row = _parsed(source, place, line)
         if column is None and isinstance(row, dict):
-            column = source.column(place, row, [key for key, value in row.items() if source.holds(value)])
-        yield place, _value_of(source, place, row, column), _label_of(source, place, row)
+            column = source.column(place, row, [key for key, value in row.items() if source.may_be_text(key, value)])
+        yield place, _value_of(source, place, row, column), labels.of(place, row)
 
 
 def _json(source: Source, column: str | None, scratch: Path) -> Iterator[Row]:
@@ -200,11 +201,12 @@ def _json(source: Source, column: str | None, scratch: Path) -> Iterator[Row]:
             ErrorCode.CORPUS_UNREADABLE,
         )
     document = _parsed(source, None, _decoded(source, None, raw))
+    labels = _LabelOf(source)
     for i, row in enumerate(_json_rows(source, document, column)):
         place = f"item {i + 1}"
         if column is None and isinstance(row, dict):
-            column = source.column(place, row, [key for key, value in row.items() if source.holds(value)])
-        yield place, _value_of(source, place, row, column), _label_of(source, place, row)
+            column = source.column(place, row, [key for key, value in row.items() if source.may_be_text(key, value)])
+        yield place, _value_of(source, place, row, column), labels.of(place, row)
 
 
 def _json_rows(source: Source, document: Any, column: str | None) -> list[Any]:
@@ -225,8 +227,9 @@ def _csv(source: Source, column: str | None, scratch: Path) -> Iterator[Row]:
     _, header = next(rows, (None, []))
     sample = list(itertools.islice(rows, SAMPLE_ROWS))
     if column is None:
-        texts = [name for i, name in enumerate(header) if any(not _is_number(row[i]) for _, row in sample)]
-        column = source.column("line 1", header, texts if sample else header)
+        candidates = [name for name in header if name != source.label_column]
+        texts = [name for name in candidates if any(not _is_number(row[header.index(name)]) for _, row in sample)]
+        column = source.column("line 1", header, texts if sample else candidates)
     elif column not in header:
         raise source.no_column("line 1", column, header)
     wanted, labels = header.index(column), source.label_among("line 1", header)
@@ -298,10 +301,23 @@ def _value_of(source: Source, place: Place, row: Any, column: str | None) -> Any
     return row[column]
 
 
-def _label_of(source: Source, place: Place, row: Any) -> Any:
-    """What the row's label is, if they are wanted; a row that is no object has none."""
-    label = source.label_among(place, row if isinstance(row, dict) else [])
-    return None if label is None else row[label]
+class _LabelOf:
+    """The labels of a file of JSON rows: the first object must have the column, of later ones some may not."""
+
+    def __init__(self, source: Source) -> None:
+        self._source, self._known = source, False
+
+    def of(self, place: Place, row: Any) -> Any:
+        """The row's, if labels are wanted; `None`: it has none."""
+        column = self._source.label_column
+        if column is None or row is None:
+            return None
+        if not isinstance(row, dict):
+            raise self._source.refused(place, f"a {type(row).__name__} has no column '{column}' of labels")
+        if not self._known:
+            self._source.label_among(place, row)
+            self._known = True
+        return row.get(column)
 
 
 def _text_of(source: Source, place: Place, value: Any, render: Render | None) -> str:

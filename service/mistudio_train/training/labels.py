@@ -3,6 +3,7 @@
 Owns that file and which values are labels; knows no corpus format, and not what they are for.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -48,7 +49,8 @@ class LabelsWriter:
         """One text's.
 
         Args:
-            value: a text, a whole number, true or false; `None` or an empty text: it has none.
+            value: a text, a whole number (also one that is written 3.0), true or false; `None`, NaN or an empty text:
+                it has none.
 
         Raises:
             ValueError: if it is no label, saying why.
@@ -68,11 +70,15 @@ class LabelsWriter:
         return Labels(self._column, tuple(self._numbers), ArrayFile(self._writer.path, np.int32))
 
     def _number(self, value: Any) -> int:
+        if isinstance(value, float):
+            value = None if math.isnan(value) else int(value) if value.is_integer() else value
         if value is None or value == "":
             return NONE
         if not isinstance(value, str | int):  # true and false are whole numbers to Python
             raise ValueError(f"a label is a text, a whole number, true or false, and this is a {type(value).__name__}")
         name = value if isinstance(value, str) else str(value).lower()
+        if not name.isprintable() and any("\ud800" <= character <= "\udfff" for character in name):
+            raise ValueError("half a surrogate pair, which is no character")
         if len(name) > MOST_CHARACTERS:
             raise ValueError(f"a label has at most {MOST_CHARACTERS} characters, and this has {len(name)}")
         number = self._numbers.setdefault(name, len(self._numbers))

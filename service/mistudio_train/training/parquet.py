@@ -59,7 +59,8 @@ def _column(source: Source, schema: Any, column: str | None) -> str:
 
     holds = holds_conversations if source.conversations else holds_strings
     texts = [field.name for field in schema if holds(field.type)]
-    wanted = source.column(None, schema.names, texts) if column is None else column
+    candidates = [name for name in texts if name != source.label_column]
+    wanted = source.column(None, schema.names, candidates) if column is None else column
     if wanted not in texts:
         raise source.no_column(None, wanted, texts)
     return wanted

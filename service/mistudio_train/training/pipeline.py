@@ -5,6 +5,7 @@ Reads top to bottom as the job goes; each step's substance is in its own module.
 
 import logging
 import time
+from statistics import median
 from typing import Any, Final
 
 import tokenizers
@@ -116,19 +117,25 @@ def _pace(job: Accepted, extraction: Extraction, sweep: Sweep, reporter: Reporte
 
 def _measured(job: Accepted, extraction: Extraction, sweep: Sweep, reporter: Reporter) -> Pace:
     spec, corpus = job.spec, extraction.corpus
+    results = [one.result for one in sweep.written]
     saes = [
         SAEWork(one.kind, one.feature_count, written.batch_size, one.steps, one.metrics.l0 or 0.0)
-        for written in sweep.written
-        for one in [written.result]
+        for written, one in zip(sweep.written, results, strict=True)
     ]
     read = CorpusWork(job.texts.bytes, corpus.texts, corpus.tokens, corpus.windows, corpus.rows)
     work = Work(job.source, job.plan, job.sites, spec.request, read, saes)
-    seconds = reporter.seconds({one.result.name: one.result.kind for one in sweep.written})
+    seconds, units = reporter.seconds({one.name: one.kind for one in results}), work.units()
+    if job.source.folder is None:  # it may have been downloaded, which says nothing of the next time
+        del units["loading"]
     return Pace(
         job_id=spec.job_id,
         device=device_name(leased_device(spec.lease), spec.lease),
-        parts={name: Part(units, seconds.get(name, 0.0)) for name, units in work.units().items()},
-        active={sae.kind: sae.active / sae.d_sae for sae in saes},
+        parts={name: Part(some, seconds.get(name, 0.0)) for name, some in units.items()},
+        child_seconds=reporter.all_seconds,
+        active_share={
+            kind: median(sae.active / sae.d_sae for sae in saes if sae.kind == kind)
+            for kind in {sae.kind for sae in saes}
+        },
         memory_planned=job.plan.planned_bytes,
         memory_peak=reporter.memory_peak_bytes(),
         disk_planned=work.disk_bytes(spec.bundle_max_bytes),

@@ -22,7 +22,7 @@ from .files import write_json
 from .labels import Labels
 from .selection import place_of
 from .texts import Texts
-from .torch_archive import Matrix, mapped
+from .torch_archive import Matrix, blocks_of
 
 FEATURES_TRIED: Final = (1, 2, 5, 10, 20)
 """Numbers of features that a probe may see."""
@@ -32,10 +32,9 @@ LEAST: Final = 10
 """Texts with a label, and without it, on either side; a label of fewer is not probed."""
 MOST_LABELS: Final = 50
 """That are probed: those of most texts."""
-MOST_NUMBERS: Final = 1 << 25
-"""Of the rows in fp32 that all dimensions are probed on: as many texts as that allows, evenly spread."""
+MOST_NUMBERS: Final = 1 << 24
+"""In fp32, that probes are fitted to at once: of more texts so many are drawn."""
 MOST_TEXTS: Final = 50_000
-TEXTS_AT_ONCE: Final = 1024
 RIDGE: Final = 1e-3
 """Weight of the probes' squared norm, beside the mean loss."""
 STEPS: Final = 100
@@ -79,7 +78,8 @@ def probe(folder: Path, labels: Labels, texts: Texts, rows: int, d_sae: int, d_i
 
     """
     bundle, number_T = folder / "feature_activations.pt", labels.first(rows)
-    chosen_T = _spread(np.flatnonzero(number_T >= 0), min(MOST_TEXTS, MOST_NUMBERS // d_in))
+    columns = max(d_in, min(MOST_LABELS, len(labels.names)) * max(FEATURES_TRIED))
+    chosen_T = _drawn(np.flatnonzero(number_T >= 0), min(MOST_TEXTS, MOST_NUMBERS // columns))
     number_T = number_T[chosen_T]
     tested_T = np.array([place_of(texts[text]) < TESTED for text in chosen_T.tolist()], bool)
     wanted = _enough(number_T, tested_T)
@@ -87,9 +87,9 @@ def probe(folder: Path, labels: Labels, texts: Texts, rows: int, d_sae: int, d_i
         return None
     has_TL = torch.from_numpy(number_T[:, None] == np.array(wanted)[None, :])
     task = _Task(chosen_T, has_TL, torch.from_numpy(tested_T))
-    dense_L = task.judged(task.seen(mapped(bundle, Matrix(ACTIVATIONS, (rows, d_in)))))
+    dense_L = task.judged(task.seen(_Stored(bundle, Matrix(ACTIVATIONS, (rows, d_in)))))
     found = _of_labels(
-        task, mapped(bundle, Matrix(FEATURES, (rows, d_sae))), dense_L, [labels.names[n] for n in wanted]
+        task, _Stored(bundle, Matrix(FEATURES, (rows, d_sae))), dense_L, [labels.names[n] for n in wanted]
     )
     probing = Probing(
         column=labels.column,
@@ -112,24 +112,29 @@ class _Task:
     has_TL: Tensor  # noqa: N815
     tested_T: Tensor  # noqa: N815
 
-    def parts(self, matrix: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def parts(self, stored: "_Stored") -> Iterator[tuple[slice, Tensor]]:
         """The chosen rows of a matrix of the bundle, some at a time, and which they are."""
-        for start in range(0, len(self.chosen_T), TEXTS_AT_ONCE):
-            part = slice(start, min(start + TEXTS_AT_ONCE, len(self.chosen_T)))
-            yield part, matrix[torch.from_numpy(self.chosen_T[part])]
+        first = done = 0
+        for rows_BC in blocks_of(stored.bundle, stored.matrix):
+            until = int(np.searchsorted(self.chosen_T, first + len(rows_BC)))
+            yield slice(done, until), rows_BC[torch.from_numpy(self.chosen_T[done:until] - first)]
+            first, done = first + len(rows_BC), until
 
-    def seen(self, matrix: Tensor, columns: Tensor | None = None) -> Tensor:
+    def seen(self, stored: "_Stored", columns: Tensor | None = None) -> Tensor:
         """The chosen rows, or some of their columns, as a probe sees them: about 0, and of deviation 1."""
-        rows_TC = torch.cat([part if columns is None else part[:, columns] for _, part in self.parts(matrix)])
-        deviation_C, mean_C = torch.std_mean(rows_TC[~self.tested_T], dim=0)
-        return (rows_TC - mean_C) / deviation_C.clamp_min(1e-6)
+        width = stored.matrix.shape[1] if columns is None else len(columns)
+        seen_TC = torch.empty(len(self.chosen_T), width)
+        for rows, part_BC in self.parts(stored):
+            seen_TC[rows] = part_BC if columns is None else part_BC[:, columns]
+        deviation_C, mean_C = torch.std_mean(seen_TC[~self.tested_T], dim=0)
+        return seen_TC.sub_(mean_C).div_(deviation_C.clamp_min(1e-6))
 
-    def differences(self, acts_TF: Tensor) -> Tensor:
+    def differences(self, stored: "_Stored") -> Tensor:
         """Of each label and feature: its mean on training texts with the label, less that on the others; [L, F]."""
         trained_T, has_TL = ~self.tested_T, self.has_TL & ~self.tested_T[:, None]
-        sums_LF = torch.zeros(has_TL.shape[1], acts_TF.shape[1], dtype=torch.float64)
-        sums_F = torch.zeros(acts_TF.shape[1], dtype=torch.float64)
-        for rows, part_BF in self.parts(acts_TF):
+        sums_LF = torch.zeros(has_TL.shape[1], stored.matrix.shape[1], dtype=torch.float64)
+        sums_F = torch.zeros(stored.matrix.shape[1], dtype=torch.float64)
+        for rows, part_BF in self.parts(stored):
             sums_LF += (has_TL[rows].T.float() @ part_BF).double()
             sums_F += part_BF[trained_T[rows]].sum(0).double()
         with_L1 = has_TL.sum(0).double()[:, None]
@@ -145,9 +150,17 @@ class _Task:
         return (found_L + passed_by_L) / 2
 
 
-def _of_labels(task: _Task, acts_TF: Tensor, dense_L: Tensor, names: list[str]) -> list[LabelProbe]:
+@dataclass(frozen=True)
+class _Stored:
+    """A matrix of the bundle, on the disk."""
+
+    bundle: Path
+    matrix: Matrix
+
+
+def _of_labels(task: _Task, acts_TF: _Stored, dense_L: Tensor, names: list[str]) -> list[LabelProbe]:
     difference_LF = task.differences(acts_TF)
-    most = min(max(FEATURES_TRIED), acts_TF.shape[1])
+    most = min(max(FEATURES_TRIED), acts_TF.matrix.shape[1])
     ranked_LK = difference_LF.abs().topk(most, dim=1).indices
     columns = sorted(set(ranked_LK.flatten().tolist()))
     place_of_column = {column: place for place, column in enumerate(columns)}
@@ -194,8 +207,11 @@ def _told(probing: Probing, found: list[LabelProbe]) -> dict[str, Any]:
     return probing.model_dump(mode="json") | {"tested_share": TESTED, "of_labels": of_labels}
 
 
-def _spread(places: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    return places if len(places) <= most else places[np.arange(most) * len(places) // most]
+def _drawn(places: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """So many of them at most, in their order; not evenly spread, as labels often come in turns."""
+    if len(places) <= most:
+        return places
+    return np.sort(np.random.default_rng(0).choice(places, most, replace=False))
 
 
 def _enough(number_T: NDArray[np.int32], tested_T: NDArray[np.bool_]) -> list[int]:

@@ -38,11 +38,13 @@ def push_result(push: Push, output: Path, reporter: Reporter) -> None:
     if not files:
         reporter.warn(f"nothing was put into {push.repository} on the hub: SAELens has no words for this kind of SAE")
         return
+    if without := [folder.name for folder in sorted(output.glob("saes/*")) if not (folder / "sae").exists()]:
+        reporter.warn(f"{', '.join(without)} has no SAELens folder, and is not put into {push.repository} on the hub")
     reporter.enter("uploading", f"putting {len(files)} files into {push.repository} on the hub", SHARE)
     if trouble := _trouble(push, files, reporter):
         reporter.warn(
-            f"{push.repository} on the hub has not got the result: {trouble} The result is whole here; to put its "
-            f"folder sae/ there by hand: hf upload {push.repository} sae"
+            f"{push.repository} on the hub has perhaps not got the result: {trouble} The result is whole here; to put "
+            f"its folder sae/ there by hand: hf upload {push.repository} sae"
         )
 
 

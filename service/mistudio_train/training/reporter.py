@@ -4,6 +4,7 @@ Only the work itself speaks: inside one long library call a ticker says that the
 Imports torch only to ask a GPU.
 """
 
+import logging
 import threading
 import time
 from collections import defaultdict
@@ -14,6 +15,7 @@ from typing import Any
 import psutil
 
 from mistudio_schemas import ModelInfo, Phase
+from mistudio_train.errors import DiskFull
 from mistudio_train.messages import (
     ChildMessage,
     DatasetFound,
@@ -26,6 +28,8 @@ from mistudio_train.messages import (
     Warned,
     Wish,
 )
+
+logger = logging.getLogger(__name__)
 
 INTERVAL = 0.5
 """Seconds between two messages of the same phase."""
@@ -50,7 +54,7 @@ class Reporter:
         self._share = (0.0, 0.0)
         self._sent_at = float("-inf")
         self._laps: defaultdict[tuple[Phase, str | None], float] = defaultdict(float)
-        self._entered_at = time.monotonic()
+        self._began = self._entered_at = time.monotonic()
         self._device: str | None = None
         self.warnings: list[str] = []
         """All that the requester was warned of by now."""
@@ -101,6 +105,11 @@ class Reporter:
             parts["predicting" if phase == "evaluating" and sae is None else name] += seconds
         return dict(parts)
 
+    @property
+    def all_seconds(self) -> float:
+        """Since it is there."""
+        return time.monotonic() - self._began
+
     def _end_lap(self) -> None:
         now = time.monotonic()
         self._laps[self._phase, self._sae] += now - self._entered_at
@@ -121,6 +130,25 @@ class Reporter:
         """Something that the requester should know."""
         self.warnings.append(message)
         self._send(Warned(message))
+
+    @contextmanager
+    def optional(self, what: str) -> Iterator[None]:
+        """Around work without which a job has a result all the same: what goes wrong is a warning.
+
+        Args:
+            what: is then so: `NAME has no report`.
+
+        Raises:
+            DiskFull: as nothing else could be whole then.
+
+        """
+        try:
+            yield
+        except DiskFull:
+            raise
+        except Exception as error:
+            logger.exception("%s", what)
+            self.warn(f"{what}: {type(error).__name__}: {error}")
 
     def loaded(self, info: ModelInfo, commit: str | None) -> None:
         """The model is known."""

@@ -162,10 +162,12 @@ def _probing(context: Context, fitted: Fitted, bundle: BundleInfo, folder: Path,
     labels, sae = context.texts.labels, fitted.sae
     if labels is None:
         return None
-    with reporter.one_call():
+    nothing = f"no value of the column '{labels.column}' is that of enough texts to be probed"
+    probing = None
+    with reporter.one_call(), reporter.optional(f"{fitted.config.name} has not been probed"):
         probing = probe(folder, labels, context.texts, bundle.rows, sae.d_sae, sae.d_in)
-    if probing is None:
-        reporter.warn(f"no value of the column '{labels.column}' is that of enough texts to be probed")
+        if probing is None and nothing not in reporter.warnings:
+            reporter.warn(nothing)
     return probing
 
 

@@ -73,6 +73,10 @@ class Source:
         """Whether a value of the file can be what it holds: a text, or a conversation."""
         return isinstance(value, list if self.conversations else str)
 
+    def may_be_text(self, column: str, value: object) -> bool:
+        """Whether a column may be that of the texts, as its value shows."""
+        return column != self.label_column and self.holds(value)
+
     def column(self, place: Place, columns: Collection[str], texts: list[str]) -> str:
         """The obvious column: `text` (of conversations `messages`), or the only one of texts.
 

@@ -15,7 +15,7 @@ from typing import Final
 import torch
 
 from mistudio_schemas import Contract, CrossEntropy, SAEFailure, SAEResult, TrainRequested
-from mistudio_train.errors import DiskFull, JobError, MemoryExhausted, ModelRefused, TrainingDiverged
+from mistudio_train.errors import JobError, MemoryExhausted, ModelRefused, TrainingDiverged
 from mistudio_train.messages import LeftEarly
 from mistudio_train.sae.build import recipe_for
 
@@ -227,7 +227,8 @@ def _write_cards(trained: Sequence[Trained], written: Sequence[Written], context
     for number, (one, result) in enumerate(zip(trained, (one.result for one in written), strict=True)):
         folder = context.spec.output / (one.wanted.folder if number else "")
         if (folder / "sae").exists():
-            write_card(folder, result, context.material(one.wanted.stores[0].index, reporter.warnings))
+            with reporter.optional(f"{result.name} has no model card"):
+                write_card(folder, result, context.material(one.wanted.stores[0].index, reporter.warnings))
 
 
 def _shows_features(request: TrainRequested) -> bool:
@@ -253,7 +254,7 @@ def _show_features(
         reporter.enter("exporting", f"showing the features of {result.name}", share, result.name)
         folder = context.spec.output / (one.wanted.folder if number else "")
         material = context.material(one.wanted.stores[0].index, reporter.warnings)
-        with _fails_no_job(f"{result.name} has no {'report' if request.report else 'features to show'}", reporter):
+        with reporter.optional(f"{result.name} has no {'report' if request.report else 'features to show'}"):
             gathered = gather(folder, one.fitted.sae, said.promoted, material, on_progress)
             if "neuronpedia" in request.exports:
                 _export(folder, one, result, gathered, material, on_progress, reporter)
@@ -270,25 +271,13 @@ def _export(
     on_progress: Callable[[], None],
     reporter: Reporter,
 ) -> None:
-    with _fails_no_job(f"{result.name} has no features for Neuronpedia", reporter):
+    with reporter.optional(f"{result.name} has no features for Neuronpedia"):
         write_neuronpedia(folder, result, gathered, material, one.wanted.origin.context_size, on_progress)
         if len(gathered.order) < gathered.living:
             reporter.warn(
                 f"{result.name}: features/neuronpedia has the {len(gathered.order)} strongest of {gathered.living} "
                 "features; features/activations.parquet has all"
             )
-
-
-@contextmanager
-def _fails_no_job(what: str, reporter: Reporter) -> Iterator[None]:
-    """A full disk does: the files could not be whole."""
-    try:
-        yield
-    except DiskFull:
-        raise
-    except Exception as error:
-        logger.exception("%s", what)
-        reporter.warn(f"{what}: {type(error).__name__}: {error}")
 
 
 @contextmanager

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 ROOT: Final = "archive"
+BLOCK_NUMBERS: Final = 1 << 22
+"""Read at once."""
 ALIGNMENT: Final = 64
 """Storages begin at a multiple of this, so that they can be mapped into memory."""
 PROTOCOL: Final = 2
@@ -140,20 +142,20 @@ def torch_archive(path: Path, content: Mapping[str, object]) -> Iterator[TorchAr
         archive.write("version", [b"3\n"])
 
 
-def mapped(path: Path, matrix: Matrix) -> Tensor:
-    """A matrix of an archive of ours, mapped into memory and not to be written to; its strings are not read.
+def blocks_of(path: Path, matrix: Matrix) -> Iterator[Tensor]:
+    """The rows of a two-dimensional matrix of an archive of ours, some at a time; its strings are not read.
 
     Raises:
         KeyError: if the archive has no such record.
 
     """
-    with ZipFile(path) as zipped, path.open("rb") as file:
-        info = zipped.getinfo(f"{ROOT}/data/{matrix.key}")
-        file.seek(info.header_offset + LOCAL_HEADER - 4)
-        name, extra = struct.unpack("<HH", file.read(4))
-        offset = info.header_offset + LOCAL_HEADER + name + extra
-    numbers = np.memmap(path, np.float32, "c", offset, matrix.shape)  # copy on write: torch warns of what is read-only
-    return torch.from_numpy(numbers)
+    rows, columns = matrix.shape
+    with ZipFile(path) as zipped, zipped.open(f"{ROOT}/data/{matrix.key}") as record:
+        at_once = max(1, BLOCK_NUMBERS // max(1, columns))
+        for start in range(0, rows, at_once):
+            count = min(at_once, rows - start)
+            numbers = np.frombuffer(bytearray(record.read(4 * count * columns)), np.float32)
+            yield torch.from_numpy(numbers).view(count, columns)
 
 
 def write_tensor(record: IO[bytes], tensor: Tensor) -> None:

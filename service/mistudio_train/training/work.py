@@ -23,6 +23,8 @@ ENTRY_BYTES = 6
 """Of an entry of the feature store, compressed."""
 CARD_BYTES, CARDS_BYTES = 900, 12_500_000
 """Of a feature on the page, and of all of them at most."""
+EXPORT_BYTES = 5000
+"""Of a feature for Neuronpedia."""
 FEATURE_BYTES = 60
 """Of a feature in `metadata.json`."""
 
@@ -120,12 +122,15 @@ class Work:
         return sae.rows * size, sae.steps * size, sae.rows * self.source.d_in, sae.steps, 1
 
     def _evaluating(self, sae: SAEWork) -> tuple[float, ...]:
-        corpus = self.corpus
-        return corpus.rows * self.source.d_in * sae.d_sae, corpus.rows * sae.active, corpus.texts * sae.d_sae, 1
+        """Encoding, entries, the bundle; and where there are labels reading it again, to probe."""
+        corpus, bundle = self.corpus, self.corpus.texts * sae.d_sae
+        probed = bundle if self.request.label_column else 0
+        return corpus.rows * self.source.d_in * sae.d_sae, corpus.rows * sae.active, bundle, probed, 1
 
     def _exporting(self, sae: SAEWork) -> tuple[float, ...]:
-        report = float(self.request.report)
-        return report * self.corpus.rows * sae.active, report * sae.d_sae, self._sae_bytes(sae), 1
+        """Going over the entries, cards, the SAE's own files."""
+        shows = float(self.request.report or bool(self.request.exports))
+        return shows * self.corpus.rows * sae.active, shows * sae.d_sae, self._sae_bytes(sae), 1
 
     def _sae_bytes(self, sae: SAEWork) -> int:
         return 8 * self.source.d_in * sae.d_sae
@@ -136,7 +141,8 @@ class Work:
         bundle = min(bundle_max_bytes, 4 * corpus.texts * (sae.d_sae + self.source.d_in) + corpus.bytes)
         store = ENTRY_BYTES * corpus.rows * sae.active if self.request.pooling == "token" else 0
         page = min(CARDS_BYTES, CARD_BYTES * sae.d_sae) if self.request.report else 0
-        return int(copies * self._sae_bytes(sae) + bundle + store + page + FEATURE_BYTES * sae.d_sae)
+        exports = len(self.request.exports) * EXPORT_BYTES * sae.d_sae
+        return int(copies * self._sae_bytes(sae) + bundle + store + page + exports + FEATURE_BYTES * sae.d_sae)
 
 
 def expected_active(config: SAEConfig, d_sae: int, known: float | None) -> float:

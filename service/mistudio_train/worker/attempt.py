@@ -122,7 +122,6 @@ class Attempt:
             await asyncio.to_thread(self._storing.acquire, timeout=LINGER_SECONDS)
 
     async def _run(self) -> TrainCompleted:
-        began = time.monotonic()
         await asyncio.to_thread(self._running.workspace.hold)
         await asyncio.to_thread(shutil.rmtree, self._workspace / "output", ignore_errors=True)
         corpus = await self._fetch_corpus()
@@ -132,6 +131,7 @@ class Attempt:
         self._feed.say(message="waiting for a device")
         who = self._running.who(self._settings.worker_id)
         async with self._devices.lease(self._request.gpu_id) as lease:
+            began = time.monotonic()  # what came before is mostly waiting: for the store, and for a device
             finished = await self._show_and_train(self._spec(corpus, starts, lease))
         if isinstance(finished, TrainCompleted):
             return reused(who, finished, seconds=self._claim.record.age_seconds())

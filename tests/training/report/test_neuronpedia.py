@@ -145,12 +145,20 @@ def test_writing_takes_no_more_memory_for_more_features(exported: Exported, tmp_
 def test_features_that_cannot_be_written_fail_no_job_and_no_page(
     model_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> None:
-        raise RuntimeError("no ink")
+    write, written = neuronpedia._write, list[Path]()
 
-    monkeypatch.setattr("mistudio_train.training.sweep.write_neuronpedia", broken)
+    def broken(path: Path, *rest: Any) -> None:
+        if written:
+            raise RuntimeError("no ink")
+        write(path, *rest)
+        written.append(path)
+
+    monkeypatch.setattr(neuronpedia, "BATCH", 16)
+    monkeypatch.setattr(neuronpedia, "_write", broken)
     fields: dict[str, Any] = {"pooling": "token", "sae": SAE, "exports": ["neuronpedia"]}
     folder, parent = report_of(model_folder("llama"), tmp_path, **fields)
+    assert written
+    assert not list((folder / "features").glob("neuronpedia*"))
     assert (folder / "report" / "index.html").exists()
     assert [one.message for one in parent.heard if isinstance(one, Warned) and "no ink" in one.message] == [
         "topk-0 has no features for Neuronpedia: RuntimeError: no ink"

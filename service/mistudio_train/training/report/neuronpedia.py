@@ -4,6 +4,7 @@ Owns that format; what is shown of a feature is chosen in `gathered`. Holds one 
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ BATCH: Final = 1024
 """Features of a file: some megabytes."""
 DIGITS: Final = 3
 """That SAEDashboard rounds to, too."""
+TINY: Final = 1e-30
 ALIGNED: Final = 3
 """Neurons that a feature's direction is said to lie along."""
 UNKNOWN: Final = (
@@ -77,10 +79,14 @@ def write_neuronpedia(
         "sae_set": result.name,
         "sae_id_suffix": None,
     }
-    order = np.sort(gathered.order)
-    for number, first in enumerate(range(0, len(order), BATCH)):
-        features = _features(gathered, order[first : first + BATCH].tolist(), prompts, on_progress)
-        _write(folder / FOLDER / f"batch-{number}.json", head, features)
+    order, aside = np.sort(gathered.order), folder / f"{FOLDER}.partial"
+    try:
+        for number, first in enumerate(range(0, len(order), BATCH)):
+            features = _features(gathered, order[first : first + BATCH].tolist(), prompts, on_progress)
+            _write(aside / f"batch-{number}.json", head, features)
+        aside.rename(folder / FOLDER)
+    finally:  # all batches are there, or none is
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write(path: Path, head: Json, features: Iterable[Json]) -> None:
@@ -129,7 +135,9 @@ def _aligned(direction_D: torch.Tensor) -> Json:
     return {
         "neuron_alignment_indices": found.indices.tolist(),
         "neuron_alignment_values": _rounded(found.values.cpu().numpy()),
-        "neuron_alignment_l1": _rounded((found.values.abs() / direction_D.float().abs().sum()).cpu().numpy()),
+        "neuron_alignment_l1": _rounded(
+            (found.values.abs() / direction_D.float().abs().sum().clamp_min(TINY)).cpu().numpy()
+        ),
     }
 
 
