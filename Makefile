@@ -33,7 +33,8 @@ demo: $(DEMO) ## Train a sparse autoencoder on a real model, here, and look at i
 # Each process has a Kafka and a MinIO of its own, some 3 GB together.
 test: $(DEV) ## All tests that need no Docker engine, on a real Kafka and a real MinIO
 	$(BIN)/python -m mistudio_stack prepare
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile -m "not containers and not chaos and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		-m "not containers and not chaos and not gpu"
 
 test-chaos: $(DEV) ## Deaths at every named moment once, frozen workers, servers that go away: a quarter of an hour
 	$(BIN)/python -m mistudio_stack prepare
