@@ -100,9 +100,9 @@ def do(name: str, folder: Path, request: Path) -> None:
 
 def written(folder: Path, number: int, count: int, fields: Fields) -> Path:
     """The request's file, and the corpus of so many passages."""
-    write_corpus(folder / f"{number}.jsonl", passages(count))
+    write_corpus(folder / f"{number}.txt", passages(count))
     request = folder / f"{number}.json"
-    asked = {"model_name": str(smollm2_folder()), "corpus_file": f"{number}.jsonl", "max_sequence_length": 256}
+    asked = {"model_name": str(smollm2_folder()), "corpus_file": f"{number}.txt", "max_sequence_length": 256}
     request.write_text(json.dumps(asked | fields))
     return request
 
@@ -125,7 +125,7 @@ def _typed(folder: Path, *arguments: str) -> str:
     environment = os.environ | {"DATA_PATH": str(folder / "data")}
     ended = subprocess.run([*COMMAND, *arguments], env=environment, capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise RuntimeError(f"{arguments[0]} ended with {ended.returncode}: {ended.stderr[-2000:]}")
+        raise RuntimeError(f"{arguments[0]} ended with {ended.returncode}: {(ended.stdout + ended.stderr)[-2000:]}")
     return ended.stdout
 
 
