@@ -88,6 +88,9 @@ def figures(metrics: SAEMetrics) -> Iterator[tuple[str, str]]:
     losses = metrics.cross_entropy
     if losses is not None and losses.recovered_zero is not None:
         yield f"Cross-entropy recovered, {losses.tokens:,} tokens, against zero", percent(losses.recovered_zero)
+    if (probing := metrics.probing) is not None:
+        most, accuracy = probing.features[-1], probing.balanced_accuracy[-1]
+        yield f"Labels of {code(probing.column)} told by {most} features, balanced", percent(accuracy)
 
 
 def _front_matter(result: SAEResult, material: Material) -> str:
