@@ -87,7 +87,7 @@ def test_it_is_said_in_words(cli: Cli, request_file: Path) -> None:
     ended = cli("estimate", request_file, "--corpus-folder", request_file.parent, "--set", "token_budget=100")
     assert ended.status == 0, ended.err
     assert "missed by" in ended.out
-    assert "2 earlier jobs, each estimated from the others" in ended.out
+    assert "2 earlier jobs, each from the others" in ended.out
     assert "memory at its peak" in ended.out
     assert "tokens of" in ended.err
 

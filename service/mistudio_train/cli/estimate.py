@@ -220,7 +220,7 @@ def _show(found: Estimate) -> None:
     table.add_row("result", _size(found.result_bytes), "")
     results().print(table)
     say(
-        f"About {found.tokens:,} tokens of {found.texts:,} texts, on {found.device}, where {found.jobs} jobs were done."
+        f"About {found.tokens:,} tokens of {found.texts:,} texts. What is known: {_jobs(found.jobs)} on {found.device}."
     )
     say("SAEs that stop early, as nothing is learned any more, take less.")
     if time.beyond:
@@ -234,8 +234,12 @@ def _show(found: Estimate) -> None:
 def _error(error: "Error | None", how: str = "") -> str:
     if error is None:
         return "one earlier job: its error is not known" if how else ""
-    of = f"{error.jobs} earlier jobs" + (f", {how}" if how else "")
+    of = _jobs(error.jobs, "earlier ") + (f", {how}" if how else "")
     return f"missed by {error.median:.0%}, at worst {error.worst:.0%} ({of})"
+
+
+def _jobs(count: int, which: str = "") -> str:
+    return f"{count} {which}job{'' if count == 1 else 's'}"
 
 
 def _long(seconds: float) -> str:

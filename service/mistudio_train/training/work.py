@@ -23,7 +23,7 @@ ENTRY_BYTES = 6
 """Of an entry of the feature store, compressed."""
 CARD_BYTES, CARDS_BYTES = 900, 12_500_000
 """Of a feature on the page, and of all of them at most."""
-EXPORT_BYTES = 5000
+EXPORT_BYTES = 6000
 """Of a feature for Neuronpedia."""
 FEATURE_BYTES = 60
 """Of a feature in `metadata.json`."""

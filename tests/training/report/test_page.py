@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from mistudio_train.messages import Warned
-from tests.training.conftest import Listener
+from mistudio_train.training.run import run_job
+from tests.training.conftest import Listener, spec_of
 
 Report = tuple[Path, Listener]
 MOST_BYTES = 20_000_000
@@ -182,3 +184,28 @@ def test_no_page_is_made_where_none_is_wanted(model_folder: Callable[..., Path],
 
     folder, _ = report_of(model_folder("bert"), tmp_path, sae={"kind": "topk", "k": 4}, report=False)
     assert not (folder / "report").exists()
+
+
+def test_labels_act_on_nothing_and_the_features_that_tell_them_are_a_click_away(
+    browser: webdriver.Chrome, model_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    labels = ["<script>window.pwned = 6</script><img src=x onerror='window.pwned = 7'>", "W" * 150]
+    (tmp_path / "c.jsonl").write_text(
+        "".join(
+            json.dumps({"text": f"{'cat' if n % 2 else 'ship'} number {n} of {n % 9}", "label": labels[n % 2]}) + "\n"
+            for n in range(120)
+        )
+    )
+    asked: dict[str, Any] = {"layer_number": 1, "hidden_dim": 64, "max_epochs": 3, "pooling": "token"}
+    job = spec_of(model_folder("llama"), tmp_path, **asked, corpus_file="c.jsonl", label_column="label")
+    run_job(replace(job, corpus=tmp_path / "c.jsonl", bundle_max_bytes=1 << 30), Listener())
+    opened(browser, job.output / "report" / "index.html", 375)
+    assert labels[0] in texts(browser, "#probing th")
+    told = browser.find_elements(By.CSS_SELECTOR, "#probing button")[0]
+    feature = int(told.text)
+    browser.execute_script("arguments[0].click()", told)
+    wait_for(browser, f"document.getElementById('feature-{feature}')")
+    root = "document.documentElement"
+    assert browser.execute_script(f"return {root}.scrollWidth <= {root}.clientWidth")
+    assert browser.get_log("browser") == []  # type: ignore[no-untyped-call]
+    assert browser.execute_script("return window.pwned") is None

@@ -180,6 +180,9 @@
   byId("number").addEventListener("change", (event) => {
     if (event.target.value !== "") jump(Number(event.target.value));
   });
+  for (const go of document.querySelectorAll("button[data-feature]")) {
+    go.addEventListener("click", () => jump(Number(go.dataset.feature)));
+  }
   byId("theme").addEventListener("click", () => {
     const root = document.documentElement;
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
