@@ -150,6 +150,10 @@ def _figures(sae: SAEResult) -> Table:
         value = metrics[name]
         if isinstance(value, int | float) and not isinstance(value, bool):
             table.add_row(name, number(value), escape(field.description or ""))
+    if (probing := sae.metrics.probing) is not None:
+        for count, accuracy in zip(probing.features, probing.balanced_accuracy, strict=True):
+            meaning = "Balanced accuracy with which so many features tell a label of the texts; 0.5 is chance."
+            table.add_row(f"probing, {count}", number(accuracy), meaning)
     return table
 
 

@@ -59,7 +59,10 @@ def threads_of(lease: Lease) -> int:
 
 def device_name(device: Device, lease: Lease) -> str:
     """What makes a job as fast as it is there."""
-    return f"CPU, {threads_of(lease)} threads" if device.gpu is None else device.gpu.name
+    if device.gpu is not None:
+        return device.gpu.name
+    threads = threads_of(lease)
+    return f"CPU, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def free_memory(limit: int | None = None, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
