@@ -12,7 +12,7 @@ from mistudio_train.paces import AROUND, KEPT, MOST_LINES, Pace, Part, keep, pac
 
 def pace(name: str = "j") -> Pace:
     parts = {"loading": Part((1e9, 1.0), 4.0)}
-    return Pace(name, "CPU, 2 threads", parts, 7.0, {"topk": 0.01}, 1000, 1100, 2000, 500)
+    return Pace(name, "CPU, 2 threads", parts, 7.0, {"topk": 0.01}, 1000, 1100, 2000)
 
 
 def test_a_job_is_kept_with_what_was_around_its_child(tmp_path: Path) -> None:

@@ -41,13 +41,12 @@ class Pace:
     """As `device_name` names it."""
     parts: Mapping[str, Part]
     child_seconds: float
-    """Of the child, what is in no part included: it may have fetched a dataset, or put the result on the hub."""
+    """Of the child, also what is in no part: it may have fetched a dataset, or put the result on the hub."""
     active_share: Mapping[str, float]
     """Of each kind of SAE the share of its latents that were active on a row, the median of several."""
     memory_planned: int
     memory_peak: int
     disk_planned: int
-    result_planned: int
     disk: int = 0
     """Bytes of the workspace when the work was done."""
     result: int = 0

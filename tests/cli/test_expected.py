@@ -34,7 +34,7 @@ def units_of(chance: random.Random) -> Units:
 
 
 def pace_of(job: str, parts: dict[str, Part]) -> Pace:
-    return Pace(job, "CPU", parts, 1.0, {"topk": 0.01}, 1000, 1100, 2000, 100, disk=1900)
+    return Pace(job, "CPU", parts, 1.0, {"topk": 0.01}, 1000, 1100, 2000, disk=1900)
 
 
 def jobs(count: int, noise: float = 0.0, seed: int = 0) -> list[Pace]:

@@ -8,7 +8,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 from rich.table import Table
@@ -28,7 +28,7 @@ from .request_input import assign, checked, read_request_file
 
 if TYPE_CHECKING:
     from mistudio_train.training.run import Accepted
-    from mistudio_train.training.work import CorpusWork, SAEWork, Work
+    from mistudio_train.training.work import CorpusWork, Work
 
     from .expected import Error, Expected
 
@@ -70,7 +70,7 @@ def estimate(
 ) -> None:
     """Say how long a job would take here, and what of memory and disk, from how long earlier jobs took.
 
-    Exit status: 0 it is said, 1 the job would be refused, 2 no job was done here yet, or the request is wrong.
+    Exit status: 0 it is said, 2 a worker would refuse the job, or none was done here yet.
     """
     settings = load_settings()
     request = with_model_folder(checked(assign(read_request_file(request_file), assignments or []), settings.limits))
@@ -91,7 +91,7 @@ def estimated(request: TrainRequested, corpus_folder: Path | None, settings: Set
     """
     from mistudio_train.worker.hub_push import push_of
 
-    from .expected import active_share, expected, share_error
+    from .expected import expected, share_error
 
     push_of(request, settings)
     request, disk = _from_scratch(request), settings.data_path if settings.data_path.is_dir() else None
@@ -102,8 +102,7 @@ def estimated(request: TrainRequested, corpus_folder: Path | None, settings: Set
         accepted = _accepted(spec, parent)
         device, paces = _paces(spec, settings)
         read = _read(accepted, Path(scratch))
-        saes = _saes(accepted, read, lambda kind: active_share(kind, paces))
-        work = _work(accepted, read, saes)
+    work = _work(accepted, read, paces)
     result = work.result_bytes(spec.bundle_max_bytes)
     return Estimate(
         device=device,
@@ -188,23 +187,19 @@ def _read(accepted: "Accepted", scratch: Path) -> "CorpusWork":
     return CorpusWork(texts.bytes, count, tokens, round(seen.windows * share), count if mean else tokens)
 
 
-def _saes(accepted: "Accepted", read: "CorpusWork", known: Any) -> list["SAEWork"]:
+def _work(accepted: "Accepted", read: "CorpusWork", paces: list[Pace]) -> "Work":
+    """What there is to do, if no SAE ends its training early."""
     from mistudio_train.sae.build import recipe_for
-    from mistudio_train.training.work import SAEWork, expected_active
+    from mistudio_train.training.work import SAEWork, Work, expected_active
+
+    from .expected import active_share
 
     request, saes = accepted.spec.request, []
     rows = max(1, round(read.rows * (1 - request.held_out_share)))
     for config in request.resolved_saes():
         recipe, d_sae = recipe_for(config, rows=rows, mean_pooled=request.pooling == "mean"), config.hidden_dim or 0
-        active = expected_active(config, d_sae, known(config.kind))
+        active = expected_active(config, d_sae, active_share(config.kind, paces))
         saes.append(SAEWork(config.kind, d_sae, recipe.batch_size, recipe.total_steps(rows), active))
-    return saes
-
-
-def _work(accepted: "Accepted", read: "CorpusWork", saes: list["SAEWork"]) -> "Work":
-    from mistudio_train.training.work import Work
-
-    request = accepted.spec.request
     return Work(accepted.source, accepted.plan, accepted.sites, request, read, saes)
 
 

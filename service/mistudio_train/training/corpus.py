@@ -233,8 +233,9 @@ def _csv(source: Source, column: str | None, scratch: Path) -> Iterator[Row]:
     elif column not in header:
         raise source.no_column("line 1", column, header)
     wanted, labels = header.index(column), source.label_among("line 1", header)
+    label_at = None if labels is None else header.index(labels)
     for place, row in itertools.chain(sample, rows):
-        yield place, row[wanted], None if labels is None else row[header.index(labels)]
+        yield place, row[wanted], None if label_at is None else row[label_at]
 
 
 def _csv_rows(source: Source) -> Iterator[tuple[Place, list[str]]]:

@@ -139,7 +139,6 @@ def _measured(job: Accepted, extraction: Extraction, sweep: Sweep, reporter: Rep
         memory_planned=job.plan.planned_bytes,
         memory_peak=reporter.memory_peak_bytes(),
         disk_planned=work.disk_bytes(spec.bundle_max_bytes),
-        result_planned=work.result_bytes(spec.bundle_max_bytes),
     )
 
 

@@ -19,6 +19,8 @@ Place = str | None
 Row = tuple[Place, Any, Any]
 """Of a corpus: where it is, what it holds, and its label if these are wanted."""
 HINT = "Correct the file; texts are UTF-8, and its suffix must say what it is."
+TEXTS_HINT = "Name one of these with corpus_column."
+LABELS_HINT = "Name one of these with label_column, or leave it out."
 COLUMNS_NAMED = 12
 """As many columns are named in an error."""
 
@@ -95,11 +97,11 @@ class Source:
             ErrorCode.CORPUS_COLUMN,
         )
 
-    def no_column(self, place: Place, column: str, columns: Collection[str]) -> CorpusRefused:
+    def no_column(self, place: Place, column: str, columns: Collection[str], hint: str = TEXTS_HINT) -> CorpusRefused:
         """The error for a column that is not there."""
         return CorpusRefused(
             f"{self._at(place)}: there is no column '{column}', only {_listed(columns)}",
-            "Name one of these with corpus_column.",
+            hint,
             ErrorCode.CORPUS_COLUMN,
         )
 
@@ -112,11 +114,7 @@ class Source:
         """
         if self.label_column is None or self.label_column in columns:
             return self.label_column
-        raise CorpusRefused(
-            f"{self._at(place)}: there is no column '{self.label_column}', only {_listed(columns)}",
-            "Name one of these with label_column, or leave it out.",
-            ErrorCode.CORPUS_COLUMN,
-        )
+        raise self.no_column(place, self.label_column, columns, LABELS_HINT)
 
     def _at(self, place: Place) -> str:
         return f"{self.name}, {place}" if place else self.name
